@@ -1,0 +1,57 @@
+"""Triton kernels for vision transformers, beginning with multi-scale deformable attention.
+
+Importing this package registers its operators with PyTorch, so that an exported program that holds them
+loads. It touches no GPU, no Triton and no optional package; the other names are imported on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from visionkernels.ops.deformable_attention.op import (
+    fused_ms_deform_attn,
+    ms_deform_attn,
+    multiscale_deformable_attention,
+)
+
+if TYPE_CHECKING:
+    from visionkernels.detection import detect
+    from visionkernels.integrations import PatchReport, patch, patched, unpatch
+    from visionkernels.nn import MSDeformAttn, MultiscaleDeformableAttention
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MSDeformAttn",
+    "MultiscaleDeformableAttention",
+    "PatchReport",
+    "__version__",
+    "detect",
+    "fused_ms_deform_attn",
+    "ms_deform_attn",
+    "multiscale_deformable_attention",
+    "patch",
+    "patched",
+    "unpatch",
+]
+
+_MODULE_OF = {
+    "MSDeformAttn": "visionkernels.nn",
+    "MultiscaleDeformableAttention": "visionkernels.nn",
+    "PatchReport": "visionkernels.integrations",
+    "detect": "visionkernels.detection",
+    "patch": "visionkernels.integrations",
+    "patched": "visionkernels.integrations",
+    "unpatch": "visionkernels.integrations",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value  # found directly from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,148 @@
+"""Multi-scale deformable attention on the CPU: the bodies of the registered ops.
+
+Inputs are validated by the caller, and nothing here is recorded by autograd. ``cpu_samples`` finds what to
+read and how to weigh it, ``cpu_passes`` reads it.
+
+Source: Zhu et al., "Deformable DETR" (https://arxiv.org/abs/2010.04159), equation 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from visionkernels.ops.deformable_attention.cpu_passes import attend, differentiate
+from visionkernels.ops.deformable_attention.cpu_samples import FusedPoints, Mode, Points, Shapes
+
+
+def forward(
+    value: Tensor,
+    spatial_shapes: Shapes,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    num_points: Sequence[int],
+    *,
+    padding_mode: str,
+    align_corners: bool,
+    method: str,
+) -> Tensor:
+    """Compute multi-scale deformable attention.
+
+    Args:
+        value: ``[N, S, M, D]``, float64, float32, float16 or bfloat16.
+        spatial_shapes: (h, w) of each level.
+        sampling_locations: ``[N, Lq, M, K, 2]``, (x, y) in units of the level; ``K = sum(num_points)``. One
+            that is NaN or infinite contributes 0.
+        attention_weights: ``[N, Lq, M, K]``.
+        num_points: points of each level.
+        padding_mode: ``"zeros"`` or ``"border"``, as in ``grid_sample``.
+        align_corners: as in ``grid_sample``.
+        method: ``"bilinear"`` or ``"nearest"``.
+
+    Returns:
+        ``[N, Lq, M * D]`` in the dtype of ``value``; computed in float32, in float64 where an input is.
+
+    Example:
+        >>> value, weights = torch.ones(1, 6, 1, 2), torch.ones(1, 1, 1, 1)
+        >>> mode = dict(padding_mode="zeros", align_corners=False, method="bilinear")
+        >>> forward(value, [(2, 3)], torch.full((1, 1, 1, 1, 2), 0.5), weights, (1,), **mode)
+        tensor([[[1., 1.]]])
+    """
+    points = Points(sampling_locations, attention_weights, num_points, value.dtype)
+    return attend(value, spatial_shapes, points, Mode(padding_mode, align_corners, method))
+
+
+def backward(
+    grad_output: Tensor,
+    value: Tensor,
+    spatial_shapes: Shapes,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    num_points: Sequence[int],
+    *,
+    padding_mode: str,
+    align_corners: bool,
+    method: str,
+    needs_value: bool = True,
+    needs_points: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Compute the gradients of ``forward``, whose arguments these are, from ``grad_output`` [N, Lq, M * D].
+
+    Returns:
+        Gradients of value, locations and weights in their shapes and dtypes; None where not needed.
+    """
+    points = Points(sampling_locations, attention_weights, num_points, value.dtype)
+    mode = Mode(padding_mode, align_corners, method)
+    grad_value = differentiate(grad_output, value, spatial_shapes, points, mode, needs_value, needs_points)
+    return grad_value, *(points.gradients if needs_points else (None, None))
+
+
+def fused_forward(
+    value: Tensor,
+    spatial_shapes: Shapes,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    value_mask: Tensor | None,
+    num_points: Sequence[int],
+    *,
+    padding_mode: str,
+    align_corners: bool,
+) -> Tensor:
+    """Compute ``forward`` from references, offsets and logits.
+
+    Args:
+        value: ``[N, S, M, D]``.
+        spatial_shapes: (h, w) of each level.
+        reference_points: ``[N, Lq, L or 1, 2 or 4]``, (x, y) or (cx, cy, w, h). The location of a point is
+            ``ref_xy + offset / (w, h)`` of the level, or ``ref_xy + offset / num_points * ref_wh * 0.5``.
+        sampling_offsets: ``[N, Lq, M, K, 2]``.
+        attention_logits: ``[N, Lq, M, K]``; the weights are their softmax over K.
+        value_mask: ``[N, S]`` bool, or None; a pixel with False counts as 0.
+        num_points: points of each level.
+        padding_mode: ``"zeros"`` or ``"border"``.
+        align_corners: as in ``grid_sample``.
+
+    Returns:
+        ``[N, Lq, M * D]`` in the dtype of ``value``.
+    """
+    points = FusedPoints(reference_points, sampling_offsets, attention_logits, spatial_shapes, num_points, value.dtype)
+    value = _masked(value, value_mask)
+    return attend(value, spatial_shapes, points, Mode(padding_mode, align_corners, "bilinear"))
+
+
+def fused_backward(
+    grad_output: Tensor,
+    value: Tensor,
+    spatial_shapes: Shapes,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    value_mask: Tensor | None,
+    num_points: Sequence[int],
+    *,
+    padding_mode: str,
+    align_corners: bool,
+    needs_value: bool = True,
+    needs_reference: bool = True,
+    needs_points: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Compute the gradients of ``fused_forward``, whose arguments these are, from ``grad_output``.
+
+    Returns:
+        Gradients of value, references, offsets and logits in their shapes and dtypes; None where not needed.
+    """
+    points = FusedPoints(reference_points, sampling_offsets, attention_logits, spatial_shapes, num_points, value.dtype)
+    mode = Mode(padding_mode, align_corners, "bilinear")
+    masked, needs_either = _masked(value, value_mask), needs_reference or needs_points
+    grad_value = differentiate(grad_output, masked, spatial_shapes, points, mode, needs_value, needs_either)
+    if grad_value is not None:
+        grad_value = _masked(grad_value, value_mask)
+    reference, offsets, logits = points.gradients if needs_either else (None, None, None)
+    reference = reference.to(reference_points.dtype) if reference is not None and needs_reference else None
+    return grad_value, reference, *((offsets, logits) if needs_points else (None, None))
+
+
+def _masked(value: Tensor, mask: Tensor | None) -> Tensor:
+    return value if mask is None or bool(mask.all()) else value.masked_fill(~mask[:, :, None, None], 0)

@@ -1,0 +1,26 @@
+"""The inputs of one call, as every implementation receives them after validation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Problem(NamedTuple):
+    """Unfused: points are sampling locations, weights attention weights. Fused (references given): offsets, logits.
+
+    Points and weights may keep their level axis or be packed; ``num_points`` says what belongs to which level.
+    """
+
+    value: Tensor  # [N, S, M, D]
+    spatial_shapes: Tensor | None  # [L, 2] in device memory, or None when level_sizes says it
+    level_sizes: tuple[int, ...]  # h0, w0, h1, w1, ...
+    points: Tensor  # [N, Lq, M, L, P, 2] or [N, Lq, M, K, 2]
+    weights: Tensor  # the same without the last axis
+    reference_points: Tensor | None  # [N, Lq, 1 or L, 2 or 4]
+    value_mask: Tensor | None  # [N, S] bool
+    num_points: tuple[int, ...]  # of each level
+    padding_mode: str = "zeros"
+    align_corners: bool = False
+    method: str = "bilinear"

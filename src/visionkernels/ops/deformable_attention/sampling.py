@@ -1,0 +1,133 @@
+"""What both Triton kernels do before they touch a pixel: which rows, which levels, where each sample lies."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def shapes_fit(shapes, num_pixels, NUM_LEVELS: tl.constexpr, SHAPES_IN_MEMORY: tl.constexpr):
+    """Whether the levels add up to the value's pixels; shapes that the host could read were checked there."""
+    fit = num_pixels >= 0
+    if SHAPES_IN_MEMORY:
+        total = num_pixels.to(tl.int64) * 0
+        for level in tl.static_range(NUM_LEVELS):
+            height = tl.load(shapes + 2 * level)
+            width = tl.load(shapes + 2 * level + 1)
+            fit = fit & (height >= 0) & (width >= 0)
+            total += height.to(tl.int64) * width
+        fit = fit & (total == num_pixels)
+    return fit
+
+
+@triton.jit
+def level_shape(shapes, level: tl.constexpr, fit, SHAPES_IN_MEMORY: tl.constexpr):
+    """(h, w) of a level, from a tensor in device memory or from the launch arguments; (0, 0) if they do not fit."""
+    if SHAPES_IN_MEMORY:
+        height = tl.where(fit, tl.load(shapes + 2 * level).to(tl.int32), 0)
+        width = tl.where(fit, tl.load(shapes + 2 * level + 1).to(tl.int32), 0)
+    else:
+        height = shapes[2 * level]
+        width = shapes[2 * level + 1]
+    return height, width
+
+
+@triton.jit
+def rows(
+    num_images, num_queries,
+    ROWS: tl.constexpr, HEADS: tl.constexpr, IMAGES_FIRST: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """This program's image and, for each row [ROWS], its query, its head and whether it exists.
+
+    Neighbouring programs take neighbouring queries of one image, which share what the caches hold; or, with
+    IMAGES_FIRST, the same queries of all images, so that fewer of them add to one address at a time.
+    """
+    pid = tl.program_id(0)
+    if IMAGES_FIRST:
+        pid_n = pid % num_images
+        pid_rows = pid // num_images
+    else:
+        num_blocks = tl.cdiv(num_queries, ROWS // HEADS)
+        pid_n = pid // num_blocks
+        pid_rows = pid % num_blocks
+    offs = tl.arange(0, ROWS)
+    offs_query = (pid_rows * (ROWS // HEADS) + offs // HEADS).to(INDEX)
+    offs_head = tl.program_id(1) * HEADS + offs % HEADS
+    return pid_n.to(tl.int64), offs_query, offs_head, offs_query < num_queries
+
+
+@triton.jit
+def load_xy(ptr, offs_pair, mask_row, ACC: tl.constexpr, XY_IN_ONE_WORD: tl.constexpr):
+    """(x, y) [ROWS] each, of the pairs at ``offs_pair``; by one load where the address allows it.
+
+    A row that does not exist reads NaN, and so contributes nothing; all bits set is NaN in every float type.
+    """
+    if XY_IN_ONE_WORD:
+        element: tl.constexpr = ptr.dtype.element_ty
+        bits: tl.constexpr = element.primitive_bitwidth
+        pair: tl.constexpr = tl.int64 if bits == 32 else tl.int32
+        half: tl.constexpr = tl.int32 if bits == 32 else tl.int16
+        word = tl.load(ptr.to(tl.pointer_type(pair)) + offs_pair, mask=mask_row, other=-1)
+        x = word.to(half).to(element, bitcast=True)
+        y = (word >> bits).to(half).to(element, bitcast=True)
+    else:
+        x = tl.load(ptr + 2 * offs_pair, mask=mask_row, other=float("nan"))
+        y = tl.load(ptr + 2 * offs_pair + 1, mask=mask_row, other=float("nan"))
+    return x.to(ACC), y.to(ACC)
+
+
+@triton.jit
+def softmax_parts(logit_ptr, offs_sample, mask_row, ACC: tl.constexpr, NUM_SAMPLES: tl.constexpr):
+    """Maximum and sum of exponentials [ROWS] of each row's logits."""
+    offs_k = tl.arange(0, triton.next_power_of_2(NUM_SAMPLES))
+    mask = mask_row[:, None] & (offs_k < NUM_SAMPLES)[None, :]
+    logits = tl.load(logit_ptr + offs_sample[:, None] + offs_k[None, :], mask=mask, other=float("-inf")).to(ACC)
+    peak = tl.where(mask_row, tl.max(logits, axis=1), 0.0)
+    return peak, tl.sum(tl.exp(logits - peak[:, None]), axis=1)
+
+
+@triton.jit
+def affine(
+    reference_ptr, offs_reference, mask_row, size, axis: tl.constexpr, num_points: tl.constexpr,
+    ACC: tl.constexpr, ALIGN_CORNERS: tl.constexpr, NEAREST: tl.constexpr, REFERENCE_SIZE: tl.constexpr,
+):  # fmt: skip
+    """For one axis of a level: pixel = stored * scale + center; and pixels per unit of a location."""
+    pixels = (size - 1).to(ACC) if ALIGN_CORNERS else size.to(ACC)
+    scale = pixels
+    if NEAREST:
+        center = pixels * 0 + 0.5
+    else:
+        center = pixels * 0 - (0.0 if ALIGN_CORNERS else 0.5)
+    if REFERENCE_SIZE > 0:
+        reference = tl.load(reference_ptr + offs_reference + axis, mask=mask_row, other=0).to(ACC)
+        center = reference * pixels + center
+    if REFERENCE_SIZE == 2:
+        scale = pixels / tl.maximum(size, 1).to(ACC)
+    if REFERENCE_SIZE == 4:
+        extent = tl.load(reference_ptr + offs_reference + 2 + axis, mask=mask_row, other=0).to(ACC)
+        scale = extent * (pixels * (0.5 / num_points))
+    return scale, center, pixels
+
+
+@triton.jit
+def locate(x, size, BORDER: tl.constexpr, NEAREST: tl.constexpr):
+    """Along one axis: first pixel, fraction, whether it and the next one are inside, and d clipped / d coordinate.
+
+    A coordinate that does not count is moved to where both pixels are outside: NaN must not meet arithmetic, nor a
+    huge float an integer. ``minimum`` and ``maximum`` take the number where the other operand is NaN.
+    """
+    last = (size - 1).to(x.dtype)
+    slope = tl.full(x.shape, 1.0, x.dtype)
+    if BORDER or NEAREST:
+        slope = tl.where((x > 0) & (x < last), slope, 0.0)
+        clipped = tl.maximum(tl.minimum(x, last), 0.0)
+        x = tl.where(tl.abs(x) < float("inf"), clipped, -2.0)
+    else:
+        x = tl.minimum(tl.maximum(x, -2.0), size.to(x.dtype))
+    floor = tl.floor(x)
+    first = floor.to(tl.int32)
+    unsigned_size = size.to(tl.uint32)
+    inside = first.to(tl.uint32, bitcast=True) < unsigned_size
+    next_inside = (first + 1).to(tl.uint32, bitcast=True) < unsigned_size
+    return first, x - floor, inside, next_inside, slope
