@@ -1,0 +1,90 @@
+"""Put this package's operators into models that other projects define."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from visionkernels.integrations import transformers as _transformers
+from visionkernels.integrations._patch import PatchReport, apply_patches, check_is_module, revert_patches
+
+__all__ = ["PatchReport", "patch", "patched", "unpatch"]
+
+_TABLE = (*_transformers.INTEGRATIONS,)  # the tables of further upstream projects are added here
+
+
+def patch(model: nn.Module) -> PatchReport:
+    """Replace every multi-scale deformable attention of a Hugging Face model by this package's operator.
+
+    Works on the instance: other models, and the classes of transformers, stay as they are. So do
+    parameters, buffers and the state dict, and `save_pretrained` writes the same checkpoint. A copy of a
+    patched model is patched as well. A second call replaces nothing and reports the modules as patched
+    before. A user's subclass counts like the class it derives from, unless it overrides `forward`: then it
+    is left alone, and the report says so.
+
+    Args:
+        model: a transformers model, or anything that holds one: a wrapper, or a part of it. Supported are
+            Deformable DETR, Grounding DINO, MM Grounding DINO, LW-DETR, RF-DETR, OmDet-Turbo, RT-DETR and
+            PP-DocLayoutV2 to V4.
+
+    Returns:
+        What was replaced.
+
+    Raises:
+        TypeError: `model` is no `torch.nn.Module`.
+        ValueError: nothing in it can be replaced.
+        RuntimeError: the installed transformers calls the operator in a way that is not known.
+
+    Source:
+        The modeling files under `transformers.models`.
+
+    Example:
+        >>> import torch, visionkernels as vk
+        >>> from transformers.models.rt_detr.modeling_rt_detr import MultiScaleDeformableAttention
+        >>> model = torch.nn.Sequential(MultiScaleDeformableAttention())
+        >>> print(vk.patch(model))
+        Sequential: 1 module replaced
+          0  MultiScaleDeformableAttention.forward
+        >>> vk.unpatch(model)
+    """
+    return apply_patches(model, _TABLE)[0]
+
+
+def unpatch(model: nn.Module) -> None:
+    """Take back what `patch` replaced; each module's `__dict__` is what it was before.
+
+    Args:
+        model: the patched model, a copy of it, or a part of it.
+
+    Raises:
+        TypeError: `model` is no `torch.nn.Module`.
+        ValueError: nothing in it is patched.
+        RuntimeError: somebody else has replaced a patched method since; nothing is taken back then.
+    """
+    check_is_module(model)
+    if not revert_patches(model.modules()):
+        raise ValueError(f"model: expected a patched model, but no module of this {type(model).__name__} is patched")
+
+
+@contextmanager
+def patched(model: nn.Module) -> Iterator[PatchReport]:
+    """Patch a model for the length of a `with` block.
+
+    Modules that were patched before the block stay patched after it.
+
+    Args:
+        model: as for `patch`.
+
+    Yields:
+        What was replaced.
+
+    Raises:
+        TypeError: as for `patch`.
+        ValueError: as for `patch`.
+        RuntimeError: as for `patch` and `unpatch`.
+    """
+    report, modules = apply_patches(model, _TABLE)
+    try:
+        yield report
+    finally:
+        revert_patches(modules)
