@@ -1,0 +1,169 @@
+"""How long a call takes and how much memory: the only timing code."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+Clock = Callable[[], float]
+
+_BATCH = 10  # calls queued behind one pause; more would fill the launch queue at 100 kernels a call
+_CYCLES_PER_SECOND = 2e9  # of a GPU, about; a slower clock makes a longer pause, which does no harm
+_LONGEST_PAUSE = 0.05  # seconds
+_HOST_CALLS = 20  # launched in a row before the GPU is waited for
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure.
+
+    Attributes:
+        seconds: Time given to one measurement, warm-up apart.
+        least: Repetitions made even if they take longer.
+        most: Repetitions after which the rest of the time is saved.
+        host_calls: Calls whose host time is taken.
+    """
+
+    seconds: float
+    least: int
+    most: int
+    host_calls: int
+
+
+FULL = Effort(seconds=0.5, least=7, most=1000, host_calls=400)
+QUICK = Effort(seconds=0.2, least=3, most=200, host_calls=200)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The time of one call.
+
+    Attributes:
+        median: Milliseconds.
+        low: A fifth of the repetitions were faster than this, in milliseconds.
+        high: A fifth were slower than this.
+        repetitions: How many calls were timed.
+    """
+
+    median: float
+    low: float
+    high: float
+    repetitions: int
+
+
+def summarize(seconds: list[float]) -> Timing:
+    """Median and 20/80 quantiles of repeated measurements.
+
+    Args:
+        seconds: One time a call, in seconds.
+
+    Example:
+        >>> summarize([0.001, 0.002, 0.003])
+        Timing(median=2.0, low=1.4, high=2.6, repetitions=3)
+    """
+    times = torch.tensor(seconds, dtype=torch.float64) * 1e3
+    low, middle, high = times.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+    return Timing(round(middle, 6), round(low, 6), round(high, 6), len(seconds))
+
+
+def time_calls(
+    call: Callable[[], object], device: torch.device, effort: Effort, clock: Clock = time.perf_counter
+) -> Timing:
+    """Time a call: on a GPU what it keeps the device busy, on the CPU what it takes.
+
+    The same inputs are used again and again, so caches are as warm as they get.
+
+    Args:
+        call: Makes one call; nothing in it should wait for the device.
+        device: Where it runs.
+        effort: How long to measure.
+        clock: Seconds, for the CPU.
+    """
+    if device.type == "cuda":
+        return _time_cuda(call, device, effort, clock)
+    start = clock()
+    call()
+    first = clock() - start
+    while clock() - start < min(effort.seconds / 2, 10 * first):  # caches, allocator, the threads that wake up
+        call()
+    times: list[float] = []
+    begin = clock()
+    while len(times) < effort.least or (clock() - begin < effort.seconds and len(times) < effort.most):
+        start = clock()
+        call()
+        times.append(clock() - start)
+    return summarize(times)
+
+
+def _time_cuda(call: Callable[[], object], device: torch.device, effort: Effort, clock: Clock) -> Timing:
+    call()  # compiles and tunes
+    torch.cuda.synchronize(device)
+    start = clock()
+    for _ in range(3):
+        call()
+    host = (clock() - start) / 3
+    torch.cuda.synchronize(device)
+    whole = (clock() - start) / 3
+    for _ in range(min(effort.most, int(effort.seconds / 4 / whole))):  # brings the clocks of the GPU up
+        call()
+    repetitions = max(effort.least, min(effort.most, int(effort.seconds / whole)))
+    times: list[float] = []
+    while len(times) < repetitions:
+        # The GPU waits until the host has queued every call, so that no event waits for the host.
+        pause = min(_LONGEST_PAUSE, 1e-4 + 2 * _BATCH * host)
+        events = [_event_pair() for _ in range(_BATCH)]
+        torch.cuda.synchronize(device)
+        torch.cuda._sleep(int(pause * _CYCLES_PER_SECOND))
+        for begin, end in events:
+            begin.record()
+            call()
+            end.record()
+        torch.cuda.synchronize(device)
+        times += [begin.elapsed_time(end) / 1e3 for begin, end in events]
+    return summarize(times)
+
+
+def _event_pair() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+
+def host_microseconds(
+    call: Callable[[], object], device: torch.device, effort: Effort, clock: Clock = time.perf_counter
+) -> float:
+    """What a call costs the host until it returns, with an idle GPU and nothing to wait for.
+
+    Args:
+        call: Makes one call, warmed up already; run it under ``torch.no_grad()`` for the time without grad.
+        device: A GPU.
+        effort: How many calls; fewer if the GPU needs far longer for them than the time given.
+        clock: Seconds.
+
+    Returns:
+        The median over batches of calls, microseconds a call.
+    """
+    batches: list[float] = []
+    begin = clock()
+    while len(batches) * _HOST_CALLS < effort.host_calls:
+        if len(batches) >= 3 and clock() - begin > 4 * effort.seconds:
+            break
+        torch.cuda.synchronize(device)
+        start = clock()
+        for _ in range(_HOST_CALLS):
+            call()
+        batches.append((clock() - start) / _HOST_CALLS)
+    torch.cuda.synchronize(device)
+    return median(batches) * 1e6
+
+
+def peak_megabytes(call: Callable[[], object], device: torch.device) -> float:
+    """Most GPU memory that a call holds at once beyond what was allocated before it, in 10^6 bytes."""
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 1e6

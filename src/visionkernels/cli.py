@@ -1,0 +1,163 @@
+"""The `visionkernels` command: parses arguments and calls functions."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from visionkernels import __version__
+from visionkernels.errors import UserError
+
+_DETECT_HELP = """\
+Find the objects in an image: print them in a table, and draw them into a picture.
+
+Any Hugging Face object-detection checkpoint runs, from a directory or by its id on the hub. Its multi-scale
+deformable attention, if it has one, is replaced by this package's operator. Without --model, a small detector
+of synthetic shapes that ships with the package is used, and nothing is downloaded.
+"""
+
+_DETECT_EXAMPLES = """\
+examples:
+  visionkernels detect --sample --output found.png     the image and the detector that ship with the package
+  visionkernels detect street.jpg --model PekingU/rtdetr_r50vd --output found.png
+  visionkernels detect street.jpg --model ./my-detector --threshold 0.3 --device cpu
+  visionkernels detect street.jpg --json > found.json  for other programs: stdout holds nothing else
+"""
+
+
+_BENCH_HELP = """\
+Measure the operators beside their peers, in one run: first how far a result is from float64, then the time
+of forward, backward and both, the time a call costs the host, and the memory. Peers are PyTorch's grid_sample
+and, where they can be imported, the extension of Deformable-DETR and msda-triton.
+
+Ends with exit code 1 if a result of this package's is wrong.
+"""
+
+_BENCH_EXAMPLES = """\
+examples:
+  visionkernels bench --quick                          under a minute, on a CPU too
+  visionkernels bench --dtype fp16 fp32 --save         the usual cases, into benchmarks/results
+  visionkernels bench --case encoder-n4 decoder-n1 --against grid_sample
+  visionkernels bench --case all                       every case; a name that is none gets the list
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # One line; argparse would print the whole usage before it.
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command and all its jobs."""
+    parser = _Parser(
+        prog="visionkernels",
+        description="Triton kernels for vision transformers.",
+        epilog="visionkernels JOB --help explains a job, with examples",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"visionkernels {__version__}")
+    subparsers = parser.add_subparsers(title="jobs", metavar="JOB", required=True)
+    _add_detect(subparsers)
+    _add_bench(subparsers)
+    return parser
+
+
+def _add_detect(subparsers: "argparse._SubParsersAction[_Parser]") -> None:
+    job = subparsers.add_parser(
+        "detect",
+        help="find the objects in an image",
+        description=_DETECT_HELP,
+        epilog=_DETECT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    job.add_argument("image", metavar="IMAGE", nargs="?", type=Path, help="image file, of any kind that Pillow reads")
+    job.add_argument("--sample", action="store_true", help="use the image that ships with the package")
+    job.add_argument("--model", metavar="DIR_OR_HUB_ID", help="detection checkpoint (default: the one that ships)")
+    job.add_argument("--output", metavar="OUT.png", type=Path, help="draw the objects into this picture")
+    job.add_argument(
+        "--threshold", metavar="T", type=float, default=0.5, help="lowest score, 0 to 1 (default %(default)s)"
+    )
+    job.add_argument("--device", metavar="D", help="cpu, cuda or cuda:1 (default: a GPU if there is one)")
+    job.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    job.set_defaults(run=_run_detect)
+
+
+def _run_detect(args: argparse.Namespace) -> None:
+    from visionkernels import _detect_report, detection
+
+    if args.sample == (args.image is not None):
+        what = "both an image and --sample were given" if args.sample else "no image was given"
+        raise UserError(f"{what}: name one image file, or try --sample, the image that ships with the package")
+    image = detection.SAMPLE_IMAGE if args.sample else args.image
+    report = _detect_report.run(image, args.model, args.output, args.threshold, args.device, quiet=args.json)
+    if args.json:
+        print(json.dumps(_detect_report.as_json(report), indent=2))
+    else:
+        _detect_report.print_table(report)
+
+
+def _add_bench(subparsers: "argparse._SubParsersAction[_Parser]") -> None:
+    job = subparsers.add_parser(
+        "bench",
+        help="measure the operators beside their peers",
+        description=_BENCH_HELP,
+        epilog=_BENCH_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    job.add_argument(
+        "--suite", metavar="NAME", default="msda", help="which operators (default and only one: %(default)s)"
+    )
+    job.add_argument(
+        "--dtype",
+        metavar="T",
+        nargs="+",
+        help="of fp64, fp32, fp16, bf16 (default: fp16 bf16 fp32, on a CPU fp32)",
+    )
+    job.add_argument("--against", metavar="PROVIDER", nargs="*", help="peers (default: those that can be imported)")
+    job.add_argument("--case", metavar="NAME", nargs="+", help="workloads, or all (default: the usual ones)")
+    job.add_argument("--quick", action="store_true", help="small cases, and a shorter time for each figure")
+    job.add_argument(
+        "--save",
+        metavar="DIR",
+        nargs="?",
+        type=Path,
+        const=Path("benchmarks/results"),
+        help="write the results as JSON into this directory (default: %(const)s)",
+    )
+    job.add_argument("--device", metavar="D", help="cpu, cuda or cuda:1 (default: a GPU if there is one)")
+    job.set_defaults(run=_run_bench)
+
+
+def _run_bench(args: argparse.Namespace) -> int:
+    from visionkernels.bench import run
+
+    return run.run(run.Options(args.suite, args.dtype, args.against, args.case, args.quick, args.save, args.device))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Its arguments; by default those of the process.
+
+    Returns:
+        The exit code: 0, 1 if `bench` found a wrong result, 2 for what the caller can put right (one line on
+        stderr says what), 130 when interrupted.
+    """
+    try:
+        args = build_parser().parse_args(argv)
+        return args.run(args) or 0
+    except UserError as error:
+        print(f"visionkernels: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
