@@ -172,8 +172,8 @@ def detect(
 
 def check_threshold(threshold: float) -> None:
     """Raise a UserError unless `threshold` is in [0, 1]."""
-    if not 0 <= threshold <= 1:
-        raise UserError(f"threshold: expected a number from 0 to 1, but it is {threshold}")
+    if not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+        raise UserError(f"threshold: expected a number from 0 to 1, but it is {threshold!r}")
 
 
 def find_device(device: str | torch.device | None) -> torch.device:

@@ -60,6 +60,15 @@ def unpatch(model: nn.Module) -> None:
         TypeError: `model` is no `torch.nn.Module`.
         ValueError: nothing in it is patched.
         RuntimeError: somebody else has replaced a patched method since; nothing is taken back then.
+
+    Example:
+        >>> import torch, visionkernels as vk
+        >>> from transformers.models.rt_detr.modeling_rt_detr import MultiScaleDeformableAttention
+        >>> model = torch.nn.Sequential(MultiScaleDeformableAttention())
+        >>> report = vk.patch(model)
+        >>> vk.unpatch(model)
+        >>> "forward" in vars(model[0])
+        False
     """
     check_is_module(model)
     if not revert_patches(model.modules()):
@@ -82,6 +91,14 @@ def patched(model: nn.Module) -> Iterator[PatchReport]:
         TypeError: as for `patch`.
         ValueError: as for `patch`.
         RuntimeError: as for `patch` and `unpatch`.
+
+    Example:
+        >>> import torch, visionkernels as vk
+        >>> from transformers.models.rt_detr.modeling_rt_detr import MultiScaleDeformableAttention
+        >>> model = torch.nn.Sequential(MultiScaleDeformableAttention())
+        >>> with vk.patched(model) as report:
+        ...     len(report)
+        1
     """
     report, modules = apply_patches(model, _TABLE)
     try:

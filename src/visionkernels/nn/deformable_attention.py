@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from visionkernels.ops.deformable_attention.checks import SpatialShapes
+from visionkernels.ops.deformable_attention.checks import SpatialShapes, check_options
 from visionkernels.ops.deformable_attention.op import fused_ms_deform_attn
 
 
@@ -90,7 +90,18 @@ class MSDeformAttn(nn.Module):
 
         Raises:
             ValueError: the last axis of ``reference_points`` is neither 2 nor 4, or shapes do not fit together.
+            TypeError: ``input_padding_mask`` is not bool.
         """
+        if query.dim() != 3:
+            raise ValueError(f"query must be [N, Lq, d_model], got {list(query.shape)}")
+        if input_flatten.dim() != 3:
+            raise ValueError(f"input_flatten must be [N, S, d_model], got {list(input_flatten.shape)}")
+        if len(input_spatial_shapes) != self.n_levels:
+            raise ValueError(
+                f"input_spatial_shapes must hold n_levels = {self.n_levels} levels, got {len(input_spatial_shapes)}"
+            )
+        if input_padding_mask is not None and input_padding_mask.dtype != torch.bool:
+            raise TypeError(f"input_padding_mask must be bool, True where padded, got {input_padding_mask.dtype}")
         if reference_points.shape[-1] not in (2, 4):
             raise ValueError(f"the last axis of reference_points must be 2 or 4, got {reference_points.shape[-1]}")
         value = self.value_proj(input_flatten).unflatten(2, (self.n_heads, -1))
@@ -152,6 +163,7 @@ class MultiscaleDeformableAttention(nn.Module):
             raise ValueError(
                 f"hidden_dim must be divisible by num_heads, got hidden_dim={hidden_dim} and num_heads={num_heads}"
             )
+        check_options(padding_mode, align_corners)
         self.hidden_dim = hidden_dim
         self.num_levels = num_levels
         self.num_heads = num_heads

@@ -13,6 +13,7 @@ from torch import Tensor
 
 PADDING_MODES = ("zeros", "border")
 METHODS = ("bilinear", "nearest")
+MAX_SIZE = 2**31 - 1  # of a level, in pixels a side
 SpatialShapes = Tensor | Sequence[tuple[int, int]]
 
 
@@ -22,6 +23,8 @@ def check_value(value: Tensor) -> None:
         raise TypeError(f"value must be a tensor, got {type(value).__name__}")
     if not value.is_floating_point() or value.element_size() < 2:
         raise TypeError(f"value must be float64, float32, float16 or bfloat16, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"value must be a dense tensor, got the layout {value.layout}")
     if value.dim() != 4:
         raise ValueError(f"value must be [N, S, M, D] (batch, pixels, heads, head_dim), got {list(value.shape)}")
     if value.device.type not in ("cuda", "cpu", "meta"):
@@ -77,6 +80,8 @@ def check_shapes(spatial_shapes: SpatialShapes, value: Tensor) -> tuple[int, Ten
             raise TypeError(f"spatial_shapes must be an int64 or int32 tensor, got {spatial_shapes.dtype}")
         if spatial_shapes.dim() != 2 or spatial_shapes.shape[1] != 2:
             raise ValueError(f"spatial_shapes must be [L, 2] with (h, w) rows, got {list(spatial_shapes.shape)}")
+        if spatial_shapes.device.type not in ("cpu", "cuda") and spatial_shapes.device != value.device:
+            raise ValueError(f"spatial_shapes must be on the CPU or on {value.device}, got {spatial_shapes.device}")
         if spatial_shapes.device != value.device and spatial_shapes.is_cuda and value.is_cuda:
             spatial_shapes = spatial_shapes.to(value.device)
         return spatial_shapes.shape[0], spatial_shapes, None
@@ -88,8 +93,10 @@ def check_shapes(spatial_shapes: SpatialShapes, value: Tensor) -> tuple[int, Ten
         raise ValueError(
             f"spatial_shapes must be a tensor [L, 2] or a list of (h, w) pairs, got {spatial_shapes!r}"
         ) from error
-    if any(isinstance(size, (float, str, Tensor)) for size in sizes):
+    if not all(isinstance(size, (int, torch.SymInt)) for size in sizes):
         raise TypeError(f"spatial_shapes must hold integers, got {spatial_shapes!r}")
+    if any(isinstance(size, int) and abs(size) > MAX_SIZE for size in sizes):
+        raise ValueError(f"spatial_shapes must hold sizes of at most {MAX_SIZE}, got {spatial_shapes!r}")
     return len(sizes) // 2, None, sizes
 
 
@@ -100,7 +107,9 @@ def check_num_points(name: str, points: Tensor, num_levels: int, num_points: Seq
     """
     if not isinstance(points, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(points).__name__}")
-    if num_points is not None and (not isinstance(num_points, (list, tuple))):
+    if num_points is not None and not (
+        isinstance(num_points, (list, tuple)) and all(isinstance(n, (int, torch.SymInt)) for n in num_points)
+    ):
         raise TypeError(f"num_points must be a list with the points of each level, got {num_points!r}")
     if points.dim() == 6:
         if points.shape[3] != num_levels:
@@ -156,7 +165,11 @@ def check_level_start(level_start_index: Tensor | Sequence[int] | None, sizes: S
     if isinstance(level_start_index, Tensor):
         if level_start_index.device.type != "cpu":
             return
-        level_start_index = level_start_index.tolist()
+        if level_start_index.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"level_start_index must be an int64 or int32 tensor, got {level_start_index.dtype}")
+        level_start_index = level_start_index.flatten().tolist()
+    if not isinstance(level_start_index, (list, tuple)):
+        raise TypeError(f"level_start_index must be a tensor [L], a list or None, got {level_start_index!r}")
     starts = [0]
     for height, width in zip(sizes[::2], sizes[1::2], strict=True):
         starts.append(starts[-1] + height * width)

@@ -44,6 +44,7 @@ def forward(
         ``[N, Lq, M * D]`` in the dtype of ``value``; computed in float32, in float64 where an input is.
 
     Example:
+        >>> import torch
         >>> value, weights = torch.ones(1, 6, 1, 2), torch.ones(1, 1, 1, 1)
         >>> mode = dict(padding_mode="zeros", align_corners=False, method="bilinear")
         >>> forward(value, [(2, 3)], torch.full((1, 1, 1, 1, 2), 0.5), weights, (1,), **mode)

@@ -55,9 +55,16 @@ class _Pass:
         images, self.pixels, all_heads, head_dim = value.shape
         _, self.queries, _, self.points_of_head = points.shape
         self.shape = images, self.queries, all_heads, head_dim  # of the output
-        self.per_head = self.queries * self.points_of_head >= max(self.pixels, _MIN_HEAD_POINTS)
+        points_of_all = self.queries * self.points_of_head
+        self.dense = points_of_all >= self.pixels
+        self.per_head = self.dense and points_of_all >= _MIN_HEAD_POINTS
         self.heads = 1 if self.per_head else all_heads
-        self.levels = spread_levels(shapes, points.num_points, self.heads, self.queries, self.dtype, mode)
+        # int32 halves the bytes of every index. The offsets of embedding_bag count up to four indices a point.
+        largest = 4 * self.heads * max(self.pixels + 1, points_of_all)
+        integer = torch.int32 if largest < 2**31 else torch.int64
+        self.levels = spread_levels(
+            tuple((h, w) for h, w in shapes), tuple(points.num_points), self.heads, self.dtype, integer, mode
+        )
 
     def units(self) -> Iterator[tuple[int, slice]]:
         for image in range(self.shape[0]):
@@ -93,50 +100,59 @@ def attend(value: Tensor, shapes: Shapes, points: AnyPoints, mode: Mode) -> Tens
         return value.new_zeros(value.shape[0], points.shape[1], value.shape[2] * value.shape[3])
     for exact in (False, True):
         work = _Pass(value, shapes, points, mode, exact)
-        output = torch.empty(work.shape, dtype=value.dtype)
+        result = value.new_empty(*work.shape[:2], work.shape[2] * work.shape[3])
+        output = result.view(work.shape)  # a view of what is returned, which must be no view itself
         for image, heads in work.units():
             rows = work.value_rows(image, heads)
             for queries in work.blocks():
                 samples, attention = work.samples((image, queries, heads), slopes=False)
                 weights = attention.new_empty(samples.rows.shape)
                 corner_weights(attention, samples, out=weights)
-                offsets = torch.arange(0, weights.numel(), weights[0, 0].numel(), dtype=samples.rows.dtype)
+                offsets = torch.arange(
+                    0, weights.numel(), weights[0, 0].numel(), dtype=samples.rows.dtype, device="cpu"
+                )
                 sums = _bags(rows, samples.rows, offsets, weights)
                 output[image, queries, heads] = sums.view(-1, work.heads, work.shape[3])
-        if _all_finite(output):
+        if _all_finite(result):
             break
-    return output.flatten(2)
+    return result
 
 
 class _Uses:
-    """Every use of the rows of a unit, noted block by block, to be summed by row.
+    """Every use of the pixels of a unit, noted block by block, to be summed by pixel and head. Heads come first.
 
-    Filed by the first corner of their sample there is a quarter of the indices to sort, but four planes of
-    pixels to add up: that is for heads done one at a time, whose samples outnumber their pixels.
+    Filed by the first corner of their sample there is a quarter of the uses to sort, but four planes of pixels
+    to add up: that is for samples that outnumber the pixels.
     """
 
     def __init__(self, work: _Pass) -> None:
-        self.work, self.by_first = work, work.per_head and not work.exact
-        levels, samples = work.levels, (work.queries, work.heads, work.points_of_head)
+        self.work, self.by_first = work, work.dense and not work.exact
+        levels, samples = work.levels, (work.heads, work.queries, work.points_of_head)
         corners = *samples[:2], len(levels.corner), samples[2]
-        self.index = torch.empty(samples if self.by_first else corners, dtype=levels.line.dtype)
+        # A radix sort of int16 takes half the passes of int32.
+        integer = torch.int16 if work.pixels < 2**15 else levels.line.dtype
+        self.pixels = work.value.new_empty(samples if self.by_first else corners, dtype=integer)
         if self.by_first:
-            self.weights = torch.empty((corners[2], *samples), dtype=work.dtype)
-            self.corner_weights = self.weights.permute(1, 2, 0, 3)
+            self.weights = work.value.new_empty((corners[2], *samples), dtype=work.dtype)
+            self.corner_weights = self.weights.permute(2, 1, 0, 3)  # [Lq, H, C, K]
         else:
-            self.weights = torch.empty((1, *corners), dtype=work.dtype)
-            self.corner_weights = self.weights[0]
+            self.weights = work.value.new_empty((1, *corners), dtype=work.dtype)
+            self.corner_weights = self.weights[0].transpose(0, 1)
 
     def add(self, queries: slice, samples: Samples, attention: Tensor) -> None:
         corner_weights(attention, samples, out=self.corner_weights[queries])
-        self.index[queries] = samples.rows[:, :, 0] if self.by_first else samples.rows
+        rows = samples.rows[:, :, 0] if self.by_first else samples.rows
+        pixels = self.pixels[:, queries].transpose(0, 1)
+        torch.div(rows, self.work.heads, rounding_mode="trunc", out=pixels)
 
     def sum(self, grads: Tensor) -> Tensor:
         """The unit's gradient of value [S, H, D] from its ``grad_output`` [Lq * H, D]."""
-        rows = self.work.pixels * self.work.heads
-        sums = _transposed_bags(grads, self.index.flatten(), self.weights.flatten(1), rows + self.work.exact)
-        total = _add_corners(sums, self.work.shapes) if self.by_first else sums[0, :rows]
-        return total.view(self.work.pixels, self.work.heads, -1)
+        work = self.work
+        grads = grads.view(work.queries, work.heads, -1).transpose(0, 1).flatten(0, 1)
+        pixels, weights = self.pixels.flatten(1), self.weights.flatten(1)
+        sums = _transposed_bags(grads, pixels, weights, work.pixels + work.exact, work.levels.line.dtype)
+        total = _add_corners(sums, work.shapes, work.heads) if self.by_first else sums[0]
+        return total.view(-1, work.heads, work.shape[3])[: work.pixels]
 
 
 def differentiate(
@@ -149,8 +165,10 @@ def differentiate(
         return value.new_zeros(value.shape) if needs_value else None
     for exact in (False, True):
         work = _Pass(value, shapes, points, mode, exact)
-        whole = len(value) == 1 and not work.per_head  # one unit: its gradient is the result, no copy
-        grad_value = torch.empty(value.shape, dtype=value.dtype) if needs_value and not whole else None
+        whole = len(value) == 1 and not work.dense  # one unit, whose sums are the result: no copy
+        grad_value = value.new_empty(value.shape) if needs_value and not whole else None
+        # Of the gradient of value it is cheaper to check the factors.
+        finite = not needs_value or _all_finite(grad_output)
         if needs_points:
             points.start_gradients()
         for image, heads in work.units():
@@ -166,11 +184,13 @@ def differentiate(
                     own = grads[queries.start * work.heads : queries.stop * work.heads]
                     products = _dots(own, rows, samples.rows)
                     points.write(at, *point_gradients(products, attention, samples, work.levels))
+            if uses is not None:
+                finite = finite and _all_finite(uses.weights)
             if uses is not None and grad_value is not None:
                 grad_value[image, :, heads] = uses.sum(grads)
             elif uses is not None:
                 grad_value = uses.sum(grads).unsqueeze(0).to(value.dtype)
-        if _all_finite(*points.gradients, *(() if grad_value is None else (grad_value,))):
+        if finite and _all_finite(*points.gradients):
             break
     return grad_value
 
@@ -180,40 +200,42 @@ def _bags(rows: Tensor, index: Tensor, offsets: Tensor, weights: Tensor) -> Tens
     return torch.embedding_bag(rows, index.flatten(), offsets, False, 0, False, weights.flatten())[0]
 
 
-def _transposed_bags(grads: Tensor, index: Tensor, weights: Tensor, rows: int) -> Tensor:
-    """Add row ``i // (n // bags)`` of ``grads`` [bags, D], weighted, to row ``index[i]``.
+def _transposed_bags(grads: Tensor, pixels: Tensor, weights: Tensor, num_pixels: int, integer: torch.dtype) -> Tensor:
+    """Add up rows of ``grads``, weighted, by pixel and head.
 
     Args:
-        grads: ``[bags, D]``; each bag has the same number of indices.
-        index: ``[n]``, int32 or int64.
-        weights: ``[planes, n]``.
-        rows: how many rows there are.
+        grads: ``[H * Lq, D]``.
+        pixels: ``[H, n]``, equally many for each row of ``grads``, in its order.
+        weights: ``[planes, H * n]``.
+        num_pixels: S.
+        integer: int32, or int64 where there are more indices than that can count.
 
     Returns:
-        ``[planes, rows, D]``, one result for each plane of weights. The order of addition is fixed.
+        ``[planes, S * H, D]``, one result for each plane of weights. The order of addition is fixed.
     """
-    planes, length = weights.shape
-    index, order = torch.sort(index, stable=True)  # int32 of this length are sorted by radix, in parallel
-    bag = torch.div(order, length // len(grads), rounding_mode="trunc").to(index.dtype)
-    count = torch.bincount(index, minlength=rows)
-    start = (count.cumsum(0) - count).to(index.dtype)
-    offsets = start + torch.arange(0, planes * length, length, dtype=index.dtype)[:, None]
+    heads, (planes, length) = len(pixels), weights.shape
+    order = torch.sort(pixels.flatten(), stable=True)[1]  # heads came first: within a pixel they are in order
+    bag = torch.div(order.to(integer), length // len(grads), rounding_mode="trunc")
+    rows = pixels.to(integer) * heads + torch.arange(heads, dtype=integer, device="cpu")[:, None]
+    count = torch.bincount(rows.flatten(), minlength=num_pixels * heads).to(integer)
+    start = count.cumsum(0, dtype=integer).sub_(count)
+    offsets = start + torch.arange(0, planes * length, length, dtype=integer, device="cpu")[:, None]
     sums = _bags(grads, bag.expand(planes, -1), offsets.flatten(), weights.index_select(1, order))
-    return sums.view(planes, rows, -1)
+    return sums.view(planes, num_pixels * heads, -1)
 
 
-def _add_corners(sums: Tensor, shapes: Shapes) -> Tensor:
-    """Move ``sums`` [C, S, D], filed by the first corner of a sample, to corner C each and add up: [S, D].
+def _add_corners(sums: Tensor, shapes: Shapes, heads: int) -> Tensor:
+    """Move ``sums`` [C, S * H, D], filed by the first corner of a sample, to corner C each and add up.
 
     A shift does it: first corners are never in the last line or column of a level, so nothing wraps around.
     """
     start = 0
     for h, w in shapes:
-        dx, dy = int(w > 1), w * int(h > 1)
-        first, *others = sums[:, start : start + h * w]
+        dx, dy = heads * (w > 1), heads * w * (h > 1)
+        first, *others = sums[:, start : start + h * w * heads]
         for step, corner in zip((dx, dy, dx + dy), others, strict=False):  # nearest has no others
             first[step:] += corner[: len(corner) - step]
-        start += h * w
+        start += h * w * heads
     return sums[0]
 
 
@@ -223,7 +245,7 @@ def _dots(grads: Tensor, rows: Tensor, index: Tensor) -> Tensor:
     each = index.numel() // len(grads)
     if len(rows) < each:  # sampled_addmm writes beyond the end where a matrix has more entries than places
         rows = torch.cat([rows, rows.new_zeros(each - len(rows), rows.shape[1])])
-    crow = torch.arange(0, index.numel() + 1, each, dtype=index.dtype)
+    crow = torch.arange(0, index.numel() + 1, each, dtype=index.dtype, device="cpu")
     result = _sparse_zeros(crow, index.flatten(), len(rows), rows.dtype)
     torch.sparse.sampled_addmm(result, grads, rows.T, beta=0.0, out=result)
     return result.values().view(index.shape)
@@ -231,13 +253,14 @@ def _dots(grads: Tensor, rows: Tensor, index: Tensor) -> Tensor:
 
 def _sparse_zeros(crow: Tensor, column: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """CSR matrix; its columns are in no order and may repeat, which ``sampled_addmm`` does not mind."""
-    zeros, size = torch.zeros(column.shape, dtype=dtype), (len(crow) - 1, columns)
-    return torch.sparse_csr_tensor(crow, column, zeros, size, check_invariants=False)
+    zeros, size = column.new_zeros(column.shape, dtype=dtype), (len(crow) - 1, columns)
+    return torch.sparse_csr_tensor(crow, column, zeros, size, device=column.device, check_invariants=False)
 
 
 @functools.cache
 def _silence_sparse_warning() -> None:
-    """The first CSR tensor of a process warns that the layout is in beta: make it with the warning off."""
+    """The first CSR tensor of a process warns that the layout is in beta, and that it is not checked."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support", UserWarning)
-        _sparse_zeros(torch.tensor([0, 1]), torch.tensor([0]), 1, torch.float32)
+        warnings.filterwarnings("ignore", "Sparse (CSR tensor support|invariant checks)", UserWarning)
+        crow = torch.arange(2, device="cpu")
+        _sparse_zeros(crow, crow[:1], 1, torch.float32)

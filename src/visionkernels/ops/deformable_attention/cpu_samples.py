@@ -10,6 +10,7 @@ Everything is a whole-tensor operation over a block of Q queries, H heads and th
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -38,50 +39,65 @@ class Levels(NamedTuple):
     shift: float  # position in pixels = location * scale + shift
     end: Tensor  # [2, 1, H, K] the last pixel
     last: Tensor  # [2, 1, H, K] the last pixel that can be the first corner of a sample
-    second: Tensor  # [2, 1, H, K] first corner to second: 1, or infinity where a level has one pixel
+    apart: Tensor  # [2, 2, 1, H, K] from the first corner to either: 0; 1, or infinity where a level has one pixel
     line: Tensor  # [H, K] rows from one line of pixels to the next
     start: Tensor  # [H, K] row of the level's first pixel
-    corner: Tensor  # [C, H, K] rows from the first corner to each, y major; C is 4, or 1 for nearest
+    corner: list[Tensor]  # C of [H, K]: rows from the first corner to each, y major; C is 4, or 1 for nearest
     spare: int  # a row of zeros after the pixels, there in exact passes
 
 
 class Samples(NamedTuple):
-    """Samples of a block. Tuples are over the corners along an axis (2, or 1 for nearest)."""
+    """Samples of a block. A is the number of corners along an axis: 2, or 1 for nearest."""
 
     rows: Tensor  # [Q, H, C, K] rows of value to read
-    weights: tuple[Tensor, ...]  # [2, Q, H, K] each: of the corner along x, along y
-    slopes: tuple[Tensor, ...]  # [2, Q, H, K] each: derivative of the weight by the position in pixels
+    weights: Tensor  # [A, 2, Q, H, K] of the corner along x, along y
+    slopes: Tensor | None  # the same of the derivative of the weight by the position in pixels; None for nearest
     outside: Tensor | None  # [Q, H, C, K] bool: not a corner of the sample; None in fast passes
 
 
+@functools.lru_cache(maxsize=64)  # it takes a tenth of a decoder's call, and models repeat their sizes
 def spread_levels(
-    shapes: Shapes, num_points: Sequence[int], heads: int, queries: int, dtype: torch.dtype, mode: Mode
+    shapes: tuple[tuple[int, int], ...],
+    num_points: tuple[int, ...],
+    heads: int,
+    dtype: torch.dtype,
+    integer: torch.dtype,
+    mode: Mode,
 ) -> Levels:
-    """Compute the constants for units of ``heads`` heads and ``queries`` queries."""
+    """Compute the constants for units of ``heads`` heads, in ``dtype`` and, where they count rows, ``integer``."""
     areas = [h * w for h, w in shapes]
     starts = [sum(areas[:level]) for level in range(len(areas))]
-    # A level without pixels reads pixel 0 with all its locations at NaN, that is, nothing.
+    # A level without pixels reads row 0 with all its locations at NaN: nothing, and that in an exact pass.
     levels = [(w, h, s) if h * w else (0, 0, 0) for (h, w), s in zip(shapes, starts, strict=True)]
     points = [level for level, p in zip(levels, num_points, strict=True) for _ in range(p)]
-    # int32 halves the bytes of every index. The offsets of embedding_bag count up to four indices a point.
-    largest = 4 * heads * max(sum(areas) + 1, queries * len(points))
-    integer = torch.int32 if largest < 2**31 else torch.int64
-    width, height, start = torch.tensor(points).T.unsqueeze(1).repeat(1, heads, 1)
-    size = torch.stack([width, height]).unsqueeze(1)
-    dx, dy = (width > 1) * heads, (height > 1) * width * heads
     bilinear = mode.method == "bilinear"
-    scale = (size - 1 if bilinear and mode.align_corners else size).to(dtype)
+    shorter = 1 if bilinear and mode.align_corners else 0
+    sizes = [[w for w, _, _ in points], [h for _, h, _ in points]]
+    per_axis = [
+        [[n - shorter if n else math.nan for n in axis] for axis in sizes],
+        [[max(n - 1, 0) for n in axis] for axis in sizes],
+        [[max(n - 2 if bilinear else n - 1, 0) for n in axis] for axis in sizes],
+        [[0 for n in axis] for axis in sizes],
+        [[1 if n > 1 else math.inf for n in axis] for axis in sizes],
+    ]
+    steps = [(heads * (w > 1), heads * w * (h > 1)) for w, h, _ in points]
+    corners = [(0, dx, dy, dx + dy) if bilinear else (0,) for dx, dy in steps]
+    rows = [(heads * w, heads * s, *corner) for (w, _, s), corner in zip(points, corners, strict=True)]
+    constants = torch.tensor(per_axis, dtype=dtype, device="cpu")[:, :, None, None]
+    scale, end, last, *apart = constants.expand(-1, -1, 1, heads, -1).contiguous()
+    per_head = torch.tensor(rows, dtype=integer, device="cpu").T[:, None]
+    line, start, *corner = per_head.expand(-1, heads, -1).contiguous()
     return Levels(
         heads=heads,
         border=bilinear and mode.padding_mode == "border",
-        scale=scale.masked_fill(size == 0, math.nan),
+        scale=scale,
         shift=0.5 if not bilinear else 0.0 if mode.align_corners else -0.5,
-        end=(size - 1).clamp(min=0).to(dtype),
-        last=(size - 2 if bilinear else size - 1).clamp(min=0).to(dtype),
-        second=torch.where(size > 1, 1.0, math.inf).to(dtype),
-        line=(width * heads).to(integer),
-        start=(start * heads + torch.arange(heads)[:, None]).to(integer),
-        corner=torch.stack([0 * dx, dx, dy, dx + dy] if bilinear else [0 * dx]).to(integer),
+        end=end,
+        last=last,
+        apart=torch.stack(apart),
+        line=line,
+        start=start + torch.arange(heads, dtype=integer, device="cpu")[:, None],
+        corner=corner,
         spare=sum(areas) * heads,
     )
 
@@ -107,7 +123,7 @@ def sample(location: Tensor, levels: Levels, *, slopes: bool, exact: bool) -> Sa
         weights, steps, outside = _tents(position, first, counts, levels, slopes=slopes, exact=exact)
     else:
         assert counts is not None
-        weights, steps = (counts.expand(2, -1, -1, -1),), ()
+        weights, steps = counts.expand(1, 2, -1, -1, -1), None
         outside = (counts == 0).unsqueeze(2) if exact else None
     if outside is not None:
         index.masked_fill_(outside, levels.spare)
@@ -116,36 +132,29 @@ def sample(location: Tensor, levels: Levels, *, slopes: bool, exact: bool) -> Sa
 
 def _tents(
     position: Tensor, first: Tensor, counts: Tensor | None, levels: Levels, *, slopes: bool, exact: bool
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Weights, slopes and outside of ``Samples``; positions and first corners are [2, Q, H, K]."""
     distance = position - first
-    near, far = _hat(distance), _hat(distance - levels.second)
+    weights = _hat(distance - levels.apart)
     if counts is not None:
-        near[1] *= counts
-        far[1] *= counts
+        weights[:, 1] *= counts
     if not (slopes or exact):
-        return (near, far), (), None
-    cell = distance.floor_()
-    steps = _hat_slope(cell), _hat_slope(cell - levels.second)
+        return weights, None, None
+    # The derivative from the right, from the cell that the sample is in: 1 in cell -1, -1 in cell 0, else 0.
+    cell = distance.floor_() - levels.apart
+    steps = _hat(cell + 1).sub_(_hat(cell))
     outside = None
     if exact:
         inside = torch.stack([(y[1] != 0) & (x[0] != 0) for y in steps for x in steps], 2)
         outside = ~inside if counts is None else ~inside | (counts == 0).unsqueeze(2)
     if levels.border:  # clamping stops the gradient, on the first and the last pixel as well
         assert counts is not None
-        inner = torch.sign(position).mul_(torch.sign(levels.end - position)).mul_(counts)
-        for step in steps:
-            step *= inner
-    return (near, far), steps if slopes else (), outside
+        steps *= torch.sign(position).mul_(torch.sign(levels.end - position)).mul_(counts)
+    return weights, steps, outside
 
 
 def _hat(distance: Tensor) -> Tensor:
     return (1 - distance.abs()).relu_()
-
-
-def _hat_slope(cell: Tensor) -> Tensor:
-    """Derivative of the tent from the right, by ``cell = floor(distance)``: 1 at -1, -1 at 0, else 0."""
-    return _hat(cell + 1).sub_(_hat(cell))
 
 
 def corner_weights(attention: Tensor, samples: Samples, out: Tensor) -> None:
@@ -162,8 +171,8 @@ def point_gradients(dots: Tensor, attention: Tensor, samples: Samples, levels: L
     """Gradients of locations [2, Q, H, K] and attention [Q, H, K] from <grad_output, corner> [Q, H, C, K]."""
     if samples.outside is not None:
         dots = dots.masked_fill(samples.outside, 0)
-    if not samples.slopes:
-        return attention.new_zeros((2, *attention.shape)), dots[:, :, 0] * samples.weights[0][0]
+    if samples.slopes is None:
+        return attention.new_zeros((2, *attention.shape)), dots[:, :, 0] * samples.weights[0, 0]
     (x0, y0), (x1, y1) = samples.weights
     (dx0, dy0), (dx1, dy1) = samples.slopes
     d00, d01, d10, d11 = dots.unbind(2)
@@ -172,7 +181,7 @@ def point_gradients(dots: Tensor, attention: Tensor, samples: Samples, levels: L
     torch.mul(y0, top, out=location[0]).addcmul_(y1, bottom)
     top, bottom = (x0 * d00).addcmul_(x1, d01), (x0 * d10).addcmul_(x1, d11)
     torch.mul(dy0, top, out=location[1]).addcmul_(dy1, bottom)
-    location.mul_(attention).mul_(levels.scale.nan_to_num(0.0))
+    location.mul_(attention).mul_(levels.scale)
     if samples.outside is not None:  # no slope, no gradient: whatever the slopes were multiplied by
         location.masked_fill_((samples.slopes[0] == 0) & (samples.slopes[1] == 0), 0)
     return location, (y0 * top).addcmul_(y1, bottom)
@@ -189,7 +198,7 @@ class Points:
 
     def start_gradients(self) -> None:
         """Make room for the gradients of locations and weights."""
-        self.gradients = tuple(torch.zeros(t.shape, dtype=t.dtype) for t in (self.locations, self.weights))
+        self.gradients = tuple(t.new_zeros(t.shape) for t in (self.locations, self.weights))
 
     def read(self, at: Block) -> tuple[Tensor, Tensor]:
         """Locations [2, Q, H, K], in a new tensor, and attention [Q, H, K]."""
@@ -213,19 +222,20 @@ class FusedPoints:
         self.dtype = _widest(value_dtype, references.dtype, offsets.dtype, logits.dtype)
         self.shape, self.num_points = logits.shape, list(num_points)
         self.gradients: tuple[Tensor, ...] = ()
-        self.level = torch.repeat_interleave(torch.tensor(self.num_points))
+        counts = torch.tensor(self.num_points, dtype=torch.int64, device="cpu")
+        self.level = torch.repeat_interleave(counts)
         if references.shape[3] == 2:
-            step = 1 / torch.tensor([(w, h) for h, w in shapes], dtype=self.dtype)
+            step = 1 / torch.tensor([(w, h) for h, w in shapes], dtype=self.dtype, device="cpu")
         else:
-            step = 0.5 / torch.tensor(self.num_points, dtype=self.dtype)[:, None]
+            step = 0.5 / counts.to(self.dtype)[:, None]
         self.step = step[self.level].T[:, None, None]  # [2 or 1, 1, 1, K]
 
     def start_gradients(self) -> None:
         """Make room for the gradients of references (sums: in the wide dtype), offsets and logits."""
         self.gradients = (
-            torch.zeros(self.references.shape, dtype=self.dtype),
-            torch.zeros(self.offsets.shape, dtype=self.offsets.dtype),
-            torch.zeros(self.logits.shape, dtype=self.logits.dtype),
+            self.references.new_zeros(self.references.shape, dtype=self.dtype),
+            self.offsets.new_zeros(self.offsets.shape),
+            self.logits.new_zeros(self.logits.shape),
         )
 
     def _origin_and_unit(self, at: Block) -> tuple[Tensor, Tensor]:
@@ -266,4 +276,4 @@ def _widest(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def _axis_first(points: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty((2, *points.shape[:3]), dtype=dtype).copy_(points.movedim(-1, 0))
+    return points.new_empty((2, *points.shape[:3]), dtype=dtype).copy_(points.movedim(-1, 0))

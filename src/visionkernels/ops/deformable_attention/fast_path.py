@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from torch import Tensor, is_autocast_enabled, is_grad_enabled
+from torch import Size, Tensor, is_autocast_enabled, is_grad_enabled
 from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
@@ -21,6 +21,7 @@ Key = tuple[Hashable, ...]
 Launch = Callable[..., Tensor]
 
 MAX_LAUNCHES = 1024
+PAIR_TYPES = {tuple, list, Size}  # what a list of (h, w) may hold
 ALIGNMENT = 16  # bytes; Triton compiles another kernel for addresses that are not multiples of it
 _launches: dict[Key, Launch] = {}
 
@@ -49,6 +50,7 @@ def key_of(
     if (
         type(value) is not Tensor
         or not value.is_cuda
+        or type(align_corners) is not bool
         or is_compiling()
         or is_autocast_enabled("cuda")
         or _len_torch_dispatch_stack()
@@ -61,7 +63,7 @@ def key_of(
     if type(spatial_shapes) is Tensor:
         sizes: Hashable = spatial_shapes.dtype
         tensors = (*tensors, spatial_shapes)
-    elif type(spatial_shapes) is list:
+    elif type(spatial_shapes) is list and {*map(type, spatial_shapes)} <= PAIR_TYPES:
         sizes = (*map(tuple, spatial_shapes),)
     else:
         return None
@@ -87,7 +89,12 @@ def key_of(
 
 def recall(key: Key | None) -> Launch | None:
     """The launch of an earlier call with this key."""
-    return None if key is None else _launches.get(key)
+    if key is None:
+        return None
+    try:
+        return _launches.get(key)
+    except TypeError:  # an option that cannot be hashed is a wrong one: the full way says which
+        return None
 
 
 def remember(key: Key, launch: Launch | None) -> None:

@@ -33,7 +33,7 @@ from visionkernels.ops.deformable_attention.sampling import (
 )
 
 
-@triton.jit(do_not_specialize=["shapes", "num_images", "num_pixels", "num_queries", "stride_value_n"])
+@triton.jit(do_not_specialize=["shapes", "stride_value_n", "stride_value_m", "num_images", "num_pixels", "num_queries"])
 def _forward_kernel(
     output_ptr,  # [N, Lq, M, D]
     value_ptr,  # [N, S, M, D], any strides but the last
@@ -78,6 +78,14 @@ def _forward_kernel(
     first_query = pid_n * num_queries
     offs_row = offs_query * NUM_HEADS + offs_head  # [ROWS]
     offs_sample = offs_row * NUM_SAMPLES
+    output_ptr += first_query * NUM_HEADS * HEAD_DIM
+    output_ptrs = output_ptr + (offs_row * HEAD_DIM)[:, None] + offs_d[None, :]  # [ROWS, BLOCK_D]
+    mask_tile = mask_row[:, None] & mask_d[None, :]
+    if SHAPES_IN_MEMORY:  # noqa: SIM102  (the outer one is decided when compiling)
+        # Leaving is cheaper than masks, and nothing outside the value may be touched.
+        if not shapes_fit(shapes, num_pixels, NUM_LEVELS):
+            tl.store(output_ptrs, tl.full([ROWS, BLOCK_D], float("nan"), output_ptr.dtype.element_ty), mask=mask_tile)
+            return
     point_ptr += first_query * NUM_HEADS * (NUM_SAMPLES * 2)
     weight_ptr += first_query * NUM_HEADS * NUM_SAMPLES
     # Pixels are read in units of one channel, or of two where bfloat16 allows it.
@@ -94,13 +102,12 @@ def _forward_kernel(
     if REFERENCE_SIZE > 0:
         reference_ptr += first_query * (REFERENCE_LEVELS * REFERENCE_SIZE)
         peak, total = softmax_parts(weight_ptr, offs_sample, mask_row, ACC, NUM_SAMPLES)
-    fit = shapes_fit(shapes, num_pixels, NUM_LEVELS, SHAPES_IN_MEMORY)
 
     acc = tl.zeros([ROWS, BLOCK_D // UNIT], dtype=ACC)
     acc_high = acc  # with PAIRS the odd channels
     start = pid_n * 0
     for level in tl.static_range(NUM_LEVELS):
-        height, width = level_shape(shapes, level, fit, SHAPES_IN_MEMORY)
+        height, width = level_shape(shapes, level, SHAPES_IN_MEMORY)
         offs_reference = (offs_query * REFERENCE_LEVELS + level % REFERENCE_LEVELS) * REFERENCE_SIZE
         scale_x, center_x, _pixels_x = affine(
             reference_ptr, offs_reference, mask_row, width, 0, NUM_POINTS[level],
@@ -111,7 +118,7 @@ def _forward_kernel(
             ACC, ALIGN_CORNERS, NEAREST, REFERENCE_SIZE,
         )  # fmt: skip
         level_ptr = value_ptr + tl.multiple_of(start * STRIDE_UNIT_S, UNIT_ALIGNMENT)
-        next_row = tl.multiple_of(width * STRIDE_UNIT_S, UNIT_ALIGNMENT)
+        next_row = tl.multiple_of(width.to(INDEX) * STRIDE_UNIT_S, UNIT_ALIGNMENT)
         for point in tl.range(0, NUM_POINTS[level], loop_unroll_factor=UNROLL):
             offs_k = offs_sample + (FIRST_POINT[level] + point)
             x, y = load_xy(point_ptr, offs_k, mask_row, ACC, XY_IN_ONE_WORD)
@@ -120,10 +127,12 @@ def _forward_kernel(
                 weight = tl.exp(weight - peak)
             x0, fraction_x, in_x0, in_x1, _slope_x = locate(x * scale_x + center_x, width, BORDER, NEAREST)
             y0, fraction_y, in_y0, in_y1, _slope_y = locate(y * scale_y + center_y, height, BORDER, NEAREST)
-            offs_pixel = y0 * width + x0
-            offs_value = offs_pixel.to(INDEX) * STRIDE_UNIT_S + offs_head * (stride_value_m // UNIT)
+            offs_pixel = y0.to(INDEX) * width + x0
+            offs_value = offs_pixel * STRIDE_UNIT_S + offs_head * (stride_value_m // UNIT)
             offs_value = tl.multiple_of(offs_value, UNIT_ALIGNMENT)
             pixel_ptrs = level_ptr + offs_value[:, None] + offs_unit[None, :]  # the upper left corner
+            # A sample that is nowhere inside adds 0, whatever its weight is.
+            weight = tl.where((in_x0 | in_x1) & (in_y0 | in_y1), weight, 0.0)
             for corner in tl.static_range(1 if NEAREST else 4):
                 inside = (in_x1 if corner % 2 else in_x0) & (in_y1 if corner // 2 else in_y0)
                 if HAS_MASK:
@@ -148,17 +157,14 @@ def _forward_kernel(
         acc = tl.reshape(tl.join(acc, acc_high), (ROWS, BLOCK_D))
     if REFERENCE_SIZE > 0:
         acc = acc / total[:, None]
-    if SHAPES_IN_MEMORY:
-        acc = tl.where(fit, acc, float("nan"))
-    output_ptr += first_query * NUM_HEADS * HEAD_DIM
     tl.store(
-        output_ptr + (offs_row * HEAD_DIM)[:, None] + offs_d[None, :],
+        output_ptrs,
         acc.to(output_ptr.dtype.element_ty),
-        mask=mask_row[:, None] & mask_d[None, :],
+        mask=mask_tile,
     )
 
 
-@triton.jit(do_not_specialize=["shapes", "num_images", "num_pixels", "num_queries", "stride_value_n"])
+@triton.jit(do_not_specialize=["shapes", "stride_value_n", "stride_value_m", "num_images", "num_pixels", "num_queries"])
 def _backward_kernel(
     grad_value_ptr,  # [N, S, M, D] of dtype ACC, zero on entry
     grad_point_ptr,  # [N, Lq, M, K, 2]
@@ -208,6 +214,10 @@ def _backward_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
     mask_tile = mask_row[:, None] & mask_d[None, :]
+    mask_point = mask_row
+    if SHAPES_IN_MEMORY:  # points that are not read are nowhere, so nothing outside the value is touched
+        fit = shapes_fit(shapes, num_pixels, NUM_LEVELS)
+        mask_point = offs_query < tl.where(fit, num_queries, 0)
     first_query = pid_n * num_queries
     offs_row = offs_query * NUM_HEADS + offs_head  # [ROWS]
     offs_sample = offs_row * NUM_SAMPLES
@@ -228,11 +238,10 @@ def _backward_kernel(
         peak, total = softmax_parts(weight_ptr, offs_sample, mask_row, ACC, NUM_SAMPLES)
         output = tl.load(output_ptr + offs_tile, mask=mask_tile, other=0).to(ACC)
         grad_dot_output = tl.sum(grad_output * output, axis=1)  # [ROWS]
-    fit = shapes_fit(shapes, num_pixels, NUM_LEVELS, SHAPES_IN_MEMORY)
 
     start = pid_n * 0
     for level in tl.static_range(NUM_LEVELS):
-        height, width = level_shape(shapes, level, fit, SHAPES_IN_MEMORY)
+        height, width = level_shape(shapes, level, SHAPES_IN_MEMORY)
         offs_reference = (offs_query * REFERENCE_LEVELS + level % REFERENCE_LEVELS) * REFERENCE_SIZE
         scale_x, center_x, pixels_x = affine(
             reference_ptr, offs_reference, mask_row, width, 0, NUM_POINTS[level],
@@ -243,27 +252,27 @@ def _backward_kernel(
             ACC, ALIGN_CORNERS, NEAREST, REFERENCE_SIZE,
         )  # fmt: skip
         level_ptr = value_ptr + tl.multiple_of(start * STRIDE_VALUE_S, ALIGNMENT)
-        next_row = tl.multiple_of(width * STRIDE_VALUE_S, ALIGNMENT)
+        next_row = tl.multiple_of(width.to(INDEX) * STRIDE_VALUE_S, ALIGNMENT)
         if NEEDS_VALUE:
             grad_level_ptr = grad_value_ptr + start * NUM_HEADS * HEAD_DIM
-            grad_next_row = width * NUM_HEADS * HEAD_DIM
+            grad_next_row = width.to(INDEX) * (NUM_HEADS * HEAD_DIM)
         sum_x = tl.zeros([ROWS], dtype=ACC)
         sum_y = tl.zeros([ROWS], dtype=ACC)
         sum_w = tl.zeros([ROWS], dtype=ACC)
         sum_h = tl.zeros([ROWS], dtype=ACC)
         for point in tl.range(0, NUM_POINTS[level], loop_unroll_factor=UNROLL):
             offs_k = offs_sample + (FIRST_POINT[level] + point)
-            x, y = load_xy(point_ptr, offs_k, mask_row, ACC, XY_IN_ONE_WORD)
+            x, y = load_xy(point_ptr, offs_k, mask_point, ACC, XY_IN_ONE_WORD)
             weight = tl.load(weight_ptr + offs_k, mask=mask_row, other=0).to(ACC)
             if REFERENCE_SIZE > 0:
                 weight = tl.exp(weight - peak) / total
             x0, fraction_x, in_x0, in_x1, slope_x = locate(x * scale_x + center_x, width, BORDER, NEAREST)
             y0, fraction_y, in_y0, in_y1, slope_y = locate(y * scale_y + center_y, height, BORDER, NEAREST)
-            offs_pixel = y0 * width + x0
-            offs_value = tl.multiple_of(offs_pixel.to(INDEX) * STRIDE_VALUE_S + offs_head * stride_value_m, ALIGNMENT)
+            offs_pixel = y0.to(INDEX) * width + x0
+            offs_value = tl.multiple_of(offs_pixel * STRIDE_VALUE_S + offs_head * stride_value_m, ALIGNMENT)
             pixel_ptrs = level_ptr + offs_value[:, None] + offs_d[None, :]  # [ROWS, BLOCK_D], the upper left corner
             if NEEDS_VALUE:
-                offs_grad = (offs_pixel.to(INDEX) * NUM_HEADS + offs_head) * HEAD_DIM
+                offs_grad = (offs_pixel * NUM_HEADS + offs_head) * HEAD_DIM
                 grad_ptrs = grad_level_ptr + offs_grad[:, None] + offs_d[None, :]
             grad_weight = tl.zeros([ROWS], dtype=ACC)
             grad_x = tl.zeros([ROWS], dtype=ACC)
@@ -307,17 +316,18 @@ def _backward_kernel(
                     sum_h += tl.where(counts, grad_y * y, 0.0)
                 tl.store(grad_weight_ptr + offs_k, grad_weight.to(grad_weight_ptr.dtype.element_ty), mask=mask_row)
                 if not NEAREST:
-                    element: tl.constexpr = grad_point_ptr.dtype.element_ty
                     scaled_x = tl.where(counts, grad_x * scale_x, 0.0)
                     scaled_y = tl.where(counts, grad_y * scale_y, 0.0)
-                    tl.store(grad_point_ptr + 2 * offs_k, scaled_x.to(element), mask=mask_row)
-                    tl.store(grad_point_ptr + 2 * offs_k + 1, scaled_y.to(element), mask=mask_row)
+                    tl.store(grad_point_ptr + 2 * offs_k, scaled_x.to(grad_point_ptr.dtype.element_ty), mask=mask_row)
+                    tl.store(
+                        grad_point_ptr + 2 * offs_k + 1, scaled_y.to(grad_point_ptr.dtype.element_ty), mask=mask_row
+                    )
         if NEEDS_REFERENCE:
             grad_ptr = grad_reference_ptr + first_query * (REFERENCE_LEVELS * REFERENCE_SIZE) + offs_reference
             tl.atomic_add(grad_ptr, sum_x * pixels_x, mask=mask_row, sem="relaxed")
             tl.atomic_add(grad_ptr + 1, sum_y * pixels_y, mask=mask_row, sem="relaxed")
             if REFERENCE_SIZE == 4:
-                half_per_point: tl.constexpr = 0.5 / NUM_POINTS[level] if NUM_POINTS[level] else 0.0
+                half_per_point = 0.5 / (NUM_POINTS[level] if NUM_POINTS[level] > 0 else 1)
                 tl.atomic_add(grad_ptr + 2, sum_w * (pixels_x * half_per_point), mask=mask_row, sem="relaxed")
                 tl.atomic_add(grad_ptr + 3, sum_h * (pixels_y * half_per_point), mask=mask_row, sem="relaxed")
         start += height.to(tl.int64) * width

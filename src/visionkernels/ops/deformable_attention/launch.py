@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from visionkernels.ops.deformable_attention import kernels
+from visionkernels.ops.deformable_attention import kernels, sampling
 from visionkernels.ops.deformable_attention.problem import Problem
 from visionkernels.ops.deformable_attention.tile import LANE_BYTES, choose_tile
 
@@ -116,16 +116,18 @@ def repeat(problem: Problem) -> Callable[..., Tensor] | None:
         A function of value, points, weights, reference points, mask and the caller's ``spatial_shapes``, for tensors
         that agree with those of ``problem`` in shape, strides, dtype, device and alignment; it returns the output.
     """
+    value, points = problem.value, problem.points
+    output_shape = (points.shape[0], points.shape[1], value.shape[2] * value.shape[3])
+    if 0 in output_shape or sum(problem.num_points) == 0:
+        return None
     inputs = _inputs(problem)
     plan = _plan_of(kernels._forward_kernel, problem, inputs, (), ())
     originals = (problem.value, problem.points, problem.weights, problem.reference_points)
     copied = any(a is not b for a, b in zip(inputs[:4], originals, strict=True))
     if copied or problem.value_mask is not None or plan.runner is None:
         return None
-    value, points = problem.value, problem.points
-    output_shape = (points.shape[0], points.shape[1], value.shape[2] * value.shape[3])
     device, runner, arguments = value.device, plan.runner, plan.arguments
-    sizes = problem.level_sizes if problem.spatial_shapes is None else None
+    sizes = None if inputs.shapes is not None else _shapes_argument(problem, inputs)
 
     def launch(
         value: Tensor, points: Tensor, weights: Tensor, references: Tensor | None, mask: None, shapes: Any
@@ -140,14 +142,25 @@ def repeat(problem: Problem) -> Callable[..., Tensor] | None:
 
 def _inputs(problem: Problem) -> _Inputs:
     value, references, mask = problem.value, problem.reference_points, problem.value_mask
+    stride_n, stride_s, _, stride_d = value.stride()
+    # The stride of a pixel is a constant of the kernel, and of a sequence-first value it holds the batch size.
+    if (stride_d != 1 and value.shape[3] > 1) or (0 < stride_n < stride_s and value.shape[0] > 1):
+        value = value.contiguous()
     return _Inputs(
-        value if value.stride(3) == 1 or value.shape[3] == 1 else value.contiguous(),
+        value,
         problem.points.contiguous(),
         problem.weights.contiguous(),
         None if references is None else references.contiguous(),
         None if mask is None else mask.contiguous().view(torch.uint8),
         problem.spatial_shapes,
     )
+
+
+def _shapes_argument(problem: Problem, inputs: _Inputs) -> Tensor | tuple[int, ...]:
+    """The tensor in device memory; or the sizes, in the form in which they are launch arguments."""
+    if inputs.shapes is not None:
+        return inputs.shapes
+    return tuple([(size << sampling.SIZE_SHIFT.value) + sampling.SIZE_PAD for size in problem.level_sizes])
 
 
 def _plan_of(
@@ -165,6 +178,7 @@ def _plan_of(
         None if references is None else references.shape,
         tuple([None if t is None else t.dtype for t in inputs[2:]]), alignment,
         problem.num_points, problem.padding_mode, problem.align_corners, problem.method, needs,
+        max(problem.level_sizes, default=0) > MAX_INT32 >> (sampling.SIZE_SHIFT.value + 1),
     )  # fmt: skip
 
 
@@ -172,8 +186,7 @@ def _run(kernel: Any, buffers: tuple[Tensor | None, ...], problem: Problem, need
     """Launch ``kernel`` over all rows, on the device that holds the tensors. ``needs`` is empty in the forward."""
     inputs = _inputs(problem)
     plan = _plan_of(kernel, problem, inputs, buffers[4:], needs)
-    shapes = problem.level_sizes if inputs.shapes is None else inputs.shapes
-    arguments = (*buffers, inputs.value, shapes, *inputs[1:5])
+    arguments = (*buffers, inputs.value, _shapes_argument(problem, inputs), *inputs[1:5])
     device = problem.value.device
     # Triton launches on the current device, wherever the tensors are.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -201,6 +214,7 @@ def _plan(
     align_corners: bool,
     method: str,
     needs: tuple[bool, ...],
+    wide_sizes: bool,
 ) -> _Plan:
     """Scalars and constants of a launch, in the order of the kernel's parameters. All arguments are its key."""
     batch, num_pixels, num_heads, head_dim = value_shape
@@ -218,6 +232,7 @@ def _plan(
     reach = max(
         num_pixels * max(stride_s, num_heads * head_dim) + num_heads * stride_m,
         num_queries * num_heads * max(2 * num_samples, head_dim),
+        num_queries * (reference_shape[2] * reference_shape[3] if reference_shape else 0),
     )
     arguments = (
         stride_n,

@@ -36,12 +36,12 @@ def ms_deform_attn(
             feature pyramid, levels one after another, each row-major.
         spatial_shapes: (h, w) of each level: an int64 or int32 tensor ``[L, 2]`` on any device, or a list of pairs.
             ``S = sum(h * w)``. On a CUDA device the tensor is never read by the host: where it does not add up to
-            ``S`` the output is NaN instead of an error.
+            ``S`` the output is NaN instead of an error, and the gradients are 0.
         level_start_index: first pixel of each level, or None. It follows from ``spatial_shapes``: checked where it is
             on the CPU, not read otherwise.
         sampling_locations: ``[N, Lq, M, L, P, 2]``, or packed ``[N, Lq, M, sum(num_points), 2]``; (x, y), 0 to 1
-            across a level. Any float is legal: outside, padding applies; a location that is NaN or infinite adds
-            exactly 0 to the output and to every gradient.
+            across a level. Any float is legal: outside, padding applies; a location that is NaN or infinite, or so
+            large that its pixel coordinate is, adds exactly 0 to the output and to every gradient.
         attention_weights: ``[N, Lq, M, L, P]``, or packed ``[N, Lq, M, sum(num_points)]``; softmax is already applied.
         im2col_step: accepted for compatibility; any batch size works.
         padding_mode: ``"zeros"`` or ``"border"``, as in ``torch.nn.functional.grid_sample``.
@@ -142,7 +142,7 @@ def fused_ms_deform_attn(
         tensor([[[3.5000]]])
     """
     tensors = (value, sampling_offsets, attention_logits, reference_points, value_mask)
-    key = fast_path.key_of(spatial_shapes, None, tensors, padding_mode, align_corners, "bilinear", num_points)
+    key = fast_path.key_of(spatial_shapes, None, tensors, padding_mode, align_corners, "fused", num_points)
     launch = fast_path.recall(key)
     if launch is not None:
         return launch(*tensors, spatial_shapes)

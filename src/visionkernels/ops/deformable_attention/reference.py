@@ -144,7 +144,7 @@ def _sample_bilinear(level: Tensor, h: int, w: int, pixel: Tensor, weight: Tenso
         counts = x.isfinite() & y.isfinite()
         x, y = _clip(x, w - 1), _clip(y, h - 1)
     else:
-        counts = (x > -1) & (x < w) & (y > -1) & (y < h)
+        counts = (x >= -1) & (x < w) & (y >= -1) & (y < h)
     # A coordinate that does not count is replaced before it can meet arithmetic: NaN * 0 is NaN.
     x, y = x.where(counts, x.new_zeros(())), y.where(counts, y.new_zeros(()))
     x0, y0 = x.detach().floor(), y.detach().floor()

@@ -62,7 +62,7 @@ def _launch() -> ModuleType:
 
 
 def repeat(*arguments: Any) -> Any:
-    """The CUDA launch that a call of the fused operator with these arguments makes; see ``launch.repeat``."""
+    """The CUDA launch that a call with the fused operator's arguments makes; see ``launch.repeat``."""
     return _launch().repeat(_problem(*arguments))
 
 
@@ -102,8 +102,12 @@ def _fused_forward_cuda(*arguments: Any) -> Tensor:
 def _fused_backward_cuda(grad_output: Tensor, output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *inputs, needs_value, needs_points, needs_reference = arguments
     problem = _problem(*inputs)
-    gradients = _launch().backward(problem, grad_output, output, needs_value, needs_points, needs_reference)
-    return _present(gradients, problem.value)
+    value, points, weights, reference = _launch().backward(
+        problem, grad_output, output, needs_value, needs_points, needs_reference
+    )
+    if not needs_points:  # the references' gradient is made of theirs
+        points = weights = None
+    return _present((value, points, weights, reference), problem.value)
 
 
 def _forward_cpu(
@@ -188,9 +192,9 @@ def _backward_fake(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 def _fused_backward_fake(grad_output: Tensor, output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     needs_value, needs_points, needs_reference = arguments[-3:]
-    gradients = _backward_fake(grad_output, *arguments[:5], needs_value, needs_points or needs_reference)
-    reference = arguments[5]
-    return (*gradients, reference.new_empty(reference.shape if needs_reference else 0))
+    value, reference = arguments[0], arguments[5]
+    gradients = _backward_fake(grad_output, *arguments[:5], needs_value, needs_points)
+    return (*gradients, reference.new_empty(reference.shape) if needs_reference else value.new_empty(0))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

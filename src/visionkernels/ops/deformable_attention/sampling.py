@@ -5,31 +5,34 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Triton compiles a kernel anew for an integer of a tuple that is 1 or a multiple of 16. So that no size is either,
+# size s travels as (s << SIZE_SHIFT) + SIZE_PAD.
+SIZE_SHIFT = tl.constexpr(4)
+SIZE_PAD = 8
+
 
 @triton.jit
-def shapes_fit(shapes, num_pixels, NUM_LEVELS: tl.constexpr, SHAPES_IN_MEMORY: tl.constexpr):
-    """Whether the levels add up to the value's pixels; shapes that the host could read were checked there."""
+def shapes_fit(shapes, num_pixels, NUM_LEVELS: tl.constexpr):
+    """Whether shapes in device memory add up to the value's pixels; those that the host can read it has checked."""
     fit = num_pixels >= 0
-    if SHAPES_IN_MEMORY:
-        total = num_pixels.to(tl.int64) * 0
-        for level in tl.static_range(NUM_LEVELS):
-            height = tl.load(shapes + 2 * level)
-            width = tl.load(shapes + 2 * level + 1)
-            fit = fit & (height >= 0) & (width >= 0)
-            total += height.to(tl.int64) * width
-        fit = fit & (total == num_pixels)
-    return fit
+    total = num_pixels.to(tl.int64) * 0
+    for level in tl.static_range(NUM_LEVELS):
+        height = tl.load(shapes + 2 * level)
+        width = tl.load(shapes + 2 * level + 1)
+        fit = fit & (height >= 0) & (width >= 0)
+        total += height.to(tl.int64) * width
+    return fit & (total == num_pixels)
 
 
 @triton.jit
-def level_shape(shapes, level: tl.constexpr, fit, SHAPES_IN_MEMORY: tl.constexpr):
-    """(h, w) of a level, from a tensor in device memory or from the launch arguments; (0, 0) if they do not fit."""
+def level_shape(shapes, level: tl.constexpr, SHAPES_IN_MEMORY: tl.constexpr):
+    """(h, w) of a level, from a tensor in device memory or from the launch arguments."""
     if SHAPES_IN_MEMORY:
-        height = tl.where(fit, tl.load(shapes + 2 * level).to(tl.int32), 0)
-        width = tl.where(fit, tl.load(shapes + 2 * level + 1).to(tl.int32), 0)
+        height = tl.load(shapes + 2 * level).to(tl.int32)
+        width = tl.load(shapes + 2 * level + 1).to(tl.int32)
     else:
-        height = shapes[2 * level]
-        width = shapes[2 * level + 1]
+        height = (shapes[2 * level] >> SIZE_SHIFT).to(tl.int32)
+        width = (shapes[2 * level + 1] >> SIZE_SHIFT).to(tl.int32)
     return height, width
 
 
@@ -52,7 +55,7 @@ def rows(
         pid_n = pid // num_blocks
         pid_rows = pid % num_blocks
     offs = tl.arange(0, ROWS)
-    offs_query = (pid_rows * (ROWS // HEADS) + offs // HEADS).to(INDEX)
+    offs_query = pid_rows.to(INDEX) * (ROWS // HEADS) + offs // HEADS
     offs_head = tl.program_id(1) * HEADS + offs % HEADS
     return pid_n.to(tl.int64), offs_query, offs_head, offs_query < num_queries
 
@@ -106,7 +109,7 @@ def affine(
         scale = pixels / tl.maximum(size, 1).to(ACC)
     if REFERENCE_SIZE == 4:
         extent = tl.load(reference_ptr + offs_reference + 2 + axis, mask=mask_row, other=0).to(ACC)
-        scale = extent * (pixels * (0.5 / num_points))
+        scale = extent * (pixels * (0.5 / (num_points if num_points > 0 else 1)))
     return scale, center, pixels
 
 
@@ -115,7 +118,7 @@ def locate(x, size, BORDER: tl.constexpr, NEAREST: tl.constexpr):
     """Along one axis: first pixel, fraction, whether it and the next one are inside, and d clipped / d coordinate.
 
     A coordinate that does not count is moved to where both pixels are outside: NaN must not meet arithmetic, nor a
-    huge float an integer. ``minimum`` and ``maximum`` take the number where the other operand is NaN.
+    huge float an integer. NaN fails every comparison, so it goes where -2 is.
     """
     last = (size - 1).to(x.dtype)
     slope = tl.full(x.shape, 1.0, x.dtype)
@@ -124,7 +127,7 @@ def locate(x, size, BORDER: tl.constexpr, NEAREST: tl.constexpr):
         clipped = tl.maximum(tl.minimum(x, last), 0.0)
         x = tl.where(tl.abs(x) < float("inf"), clipped, -2.0)
     else:
-        x = tl.minimum(tl.maximum(x, -2.0), size.to(x.dtype))
+        x = tl.minimum(tl.where(x > -2, x, -2.0), size.to(x.dtype))
     floor = tl.floor(x)
     first = floor.to(tl.int32)
     unsigned_size = size.to(tl.uint32)

@@ -40,7 +40,7 @@ def choose_tile(head_dim: int, num_heads: int, itemsize: int, backward: bool) ->
     lane_itemsize = max(itemsize, 4) if backward else itemsize
     warp_elements = 32 * max(1, LANE_BYTES // lane_itemsize)
     num_warps = min(8, max(1, block_d // (2 * warp_elements)))
-    rows = max(1, num_warps * warp_elements // block_d)
+    rows = max(1, min(32 * num_warps, num_warps * warp_elements // block_d))
     heads = 1
     while heads < rows and num_heads % (2 * heads) == 0 and 2 * heads * head_dim * itemsize <= LINE_BYTES:
         heads *= 2
