@@ -30,6 +30,7 @@ from visionkernels.ops.deformable_attention.sampling import (
     rows,
     shapes_fit,
     softmax_parts,
+    store_xy,
 )
 
 
@@ -59,9 +60,9 @@ def _forward_kernel(
     HAS_MASK: tl.constexpr,
     BORDER: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr,
-    NEAREST: tl.constexpr,
     SHAPES_IN_MEMORY: tl.constexpr,
     XY_IN_ONE_WORD: tl.constexpr,
+    NEAREST: tl.constexpr,
     ALIGNMENT: tl.constexpr,  # every pixel of value starts at a multiple of this many elements
     ACC: tl.constexpr,  # dtype of coordinates and sums
     INDEX: tl.constexpr,  # dtype of offsets within an image
@@ -169,7 +170,7 @@ def _backward_kernel(
     grad_value_ptr,  # [N, S, M, D] of dtype ACC, zero on entry
     grad_point_ptr,  # [N, Lq, M, K, 2]
     grad_weight_ptr,  # [N, Lq, M, K]
-    grad_reference_ptr,  # [N, Lq, REFERENCE_LEVELS, REFERENCE_SIZE] of dtype ACC, zero on entry
+    grad_reference_ptr,  # [N, Lq, M, L, REFERENCE_SIZE] of dtype ACC: what each head and level contributes
     grad_output_ptr,  # [N, Lq, M, D]
     output_ptr,  # [N, Lq, M, D] of the forward, when fused
     value_ptr,  # as in the forward, from here on
@@ -195,9 +196,9 @@ def _backward_kernel(
     HAS_MASK: tl.constexpr,
     BORDER: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr,
-    NEAREST: tl.constexpr,
     SHAPES_IN_MEMORY: tl.constexpr,
     XY_IN_ONE_WORD: tl.constexpr,
+    NEAREST: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
@@ -318,16 +319,14 @@ def _backward_kernel(
                 if not NEAREST:
                     scaled_x = tl.where(counts, grad_x * scale_x, 0.0)
                     scaled_y = tl.where(counts, grad_y * scale_y, 0.0)
-                    tl.store(grad_point_ptr + 2 * offs_k, scaled_x.to(grad_point_ptr.dtype.element_ty), mask=mask_row)
-                    tl.store(
-                        grad_point_ptr + 2 * offs_k + 1, scaled_y.to(grad_point_ptr.dtype.element_ty), mask=mask_row
-                    )
+                    store_xy(grad_point_ptr, offs_k, scaled_x, scaled_y, mask_row, False)
         if NEEDS_REFERENCE:
-            grad_ptr = grad_reference_ptr + first_query * (REFERENCE_LEVELS * REFERENCE_SIZE) + offs_reference
-            tl.atomic_add(grad_ptr, sum_x * pixels_x, mask=mask_row, sem="relaxed")
-            tl.atomic_add(grad_ptr + 1, sum_y * pixels_y, mask=mask_row, sem="relaxed")
+            offs_part = ((first_query + offs_query) * NUM_HEADS + offs_head) * NUM_LEVELS + level
+            part_ptrs = grad_reference_ptr + offs_part * REFERENCE_SIZE
+            tl.store(part_ptrs, sum_x * pixels_x, mask=mask_row)
+            tl.store(part_ptrs + 1, sum_y * pixels_y, mask=mask_row)
             if REFERENCE_SIZE == 4:
                 half_per_point = 0.5 / (NUM_POINTS[level] if NUM_POINTS[level] > 0 else 1)
-                tl.atomic_add(grad_ptr + 2, sum_w * (pixels_x * half_per_point), mask=mask_row, sem="relaxed")
-                tl.atomic_add(grad_ptr + 3, sum_h * (pixels_y * half_per_point), mask=mask_row, sem="relaxed")
+                tl.store(part_ptrs + 2, sum_w * (pixels_x * half_per_point), mask=mask_row)
+                tl.store(part_ptrs + 3, sum_h * (pixels_y * half_per_point), mask=mask_row)
         start += height.to(tl.int64) * width

@@ -46,6 +46,15 @@ def rows(
     Neighbouring programs take neighbouring queries of one image, which share what the caches hold; or, with
     IMAGES_FIRST, the same queries of all images, so that fewer of them add to one address at a time.
     """
+    return rows_of(tl.arange(0, ROWS), num_images, num_queries, ROWS, HEADS, IMAGES_FIRST, INDEX)
+
+
+@triton.jit
+def rows_of(
+    offs, num_images, num_queries,
+    ROWS: tl.constexpr, HEADS: tl.constexpr, IMAGES_FIRST: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """``rows`` for any tensor of row numbers within the program."""
     pid = tl.program_id(0)
     if IMAGES_FIRST:
         pid_n = pid % num_images
@@ -54,7 +63,6 @@ def rows(
         num_blocks = tl.cdiv(num_queries, ROWS // HEADS)
         pid_n = pid // num_blocks
         pid_rows = pid % num_blocks
-    offs = tl.arange(0, ROWS)
     offs_query = pid_rows.to(INDEX) * (ROWS // HEADS) + offs // HEADS
     offs_head = tl.program_id(1) * HEADS + offs % HEADS
     return pid_n.to(tl.int64), offs_query, offs_head, offs_query < num_queries
@@ -78,6 +86,23 @@ def load_xy(ptr, offs_pair, mask_row, ACC: tl.constexpr, XY_IN_ONE_WORD: tl.cons
         x = tl.load(ptr + 2 * offs_pair, mask=mask_row, other=float("nan"))
         y = tl.load(ptr + 2 * offs_pair + 1, mask=mask_row, other=float("nan"))
     return x.to(ACC), y.to(ACC)
+
+
+@triton.jit
+def store_xy(ptr, offs_pair, x, y, mask, XY_IN_ONE_WORD: tl.constexpr):
+    """The opposite of ``load_xy``, rounded to what is stored."""
+    element: tl.constexpr = ptr.dtype.element_ty
+    x = x.to(element)
+    y = y.to(element)
+    if XY_IN_ONE_WORD:
+        bits: tl.constexpr = element.primitive_bitwidth
+        pair: tl.constexpr = tl.int64 if bits == 32 else tl.int32
+        half: tl.constexpr = tl.uint32 if bits == 32 else tl.uint16
+        word = (y.to(half, bitcast=True).to(pair) << bits) | x.to(half, bitcast=True).to(pair)
+        tl.store(ptr.to(tl.pointer_type(pair)) + offs_pair, word, mask=mask)
+    else:
+        tl.store(ptr + 2 * offs_pair, x, mask=mask)
+        tl.store(ptr + 2 * offs_pair + 1, y, mask=mask)
 
 
 @triton.jit
@@ -134,3 +159,9 @@ def locate(x, size, BORDER: tl.constexpr, NEAREST: tl.constexpr):
     inside = first.to(tl.uint32, bitcast=True) < unsigned_size
     next_inside = (first + 1).to(tl.uint32, bitcast=True) < unsigned_size
     return first, x - floor, inside, next_inside, slope
+
+
+@triton.jit
+def inside_corners(first, fraction, inside, next_inside):
+    """Of what ``locate`` returns: the first pixel inside, its weight, the next one's weight, and if there is one."""
+    return tl.maximum(first, 0), tl.where(inside, 1 - fraction, fraction), fraction, inside & next_inside

@@ -45,3 +45,39 @@ def choose_tile(head_dim: int, num_heads: int, itemsize: int, backward: bool) ->
     while heads < rows and num_heads % (2 * heads) == 0 and 2 * heads * head_dim * itemsize <= LINE_BYTES:
         heads *= 2
     return Tile(rows, heads, block_d, num_warps, unroll=1 if backward else 2, images_first=backward)
+
+
+class WarpTile(NamedTuple):
+    """How ``warp_forward`` cuts the rows."""
+
+    rows: int
+    heads: int
+    num_warps: int
+
+
+MAX_UNROLLED = 64  # samples of a row; the code grows with them, and so does the time to compile it
+
+
+@lru_cache
+def choose_warp_tile(head_dim: int, num_heads: int, itemsize: int, num_samples: int) -> WarpTile | None:
+    """The launch rule of ``warp_forward``: a row has as many lanes as it has 16 bytes of channels.
+
+    Args:
+        head_dim: channels of a head.
+        num_heads: heads of the value.
+        itemsize: bytes of one channel of the value.
+        num_samples: samples of a row.
+
+    Returns:
+        The tile, or None where rows do not divide a warp or have too many samples to unroll.
+    """
+    row_bytes = head_dim * itemsize
+    lanes = row_bytes // LANE_BYTES
+    if row_bytes % LANE_BYTES or lanes not in (1, 2, 4, 8, 16, 32) or num_samples > MAX_UNROLLED:
+        return None
+    num_warps = 4
+    rows = 32 * num_warps // lanes
+    heads = 1
+    while heads < rows and num_heads % (2 * heads) == 0 and 2 * heads * row_bytes <= LINE_BYTES:
+        heads *= 2
+    return WarpTile(rows, heads, num_warps)

@@ -1,0 +1,129 @@
+"""What a warp can do and Triton has no word for: shuffles, 16-byte words, one tensor-core instruction.
+
+A tensor of 32 elements a warp lies one element a lane: element i in thread i of the program. NVIDIA GPUs only, from
+compute capability 8.0 on.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def shuffle(x, lane):
+    """``x`` (int32) of another lane of the warp."""
+    return tl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=r,r,r", [x, lane], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def shuffle_float(x, lane):
+    """``x`` (float32) of another lane of the warp."""
+    return shuffle(x.to(tl.int32, bitcast=True), lane).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def lanes_max(x, lane, LANES: tl.constexpr):
+    """Maximum over groups of ``LANES`` neighbouring lanes, a power of two."""
+    for bit in tl.static_range(5):
+        if (1 << bit) < LANES:
+            x = tl.maximum(x, shuffle_float(x, lane ^ (1 << bit)))
+    return x
+
+
+@triton.jit
+def lanes_sum(x, lane, LANES: tl.constexpr):
+    """Sum over groups of ``LANES`` neighbouring lanes, a power of two."""
+    for bit in tl.static_range(5):
+        if (1 << bit) < LANES:
+            x += shuffle_float(x, lane ^ (1 << bit))
+    return x
+
+
+@triton.jit
+def load_words(address, condition):
+    """Four words at ``address`` (int64, a multiple of 16), 0 where ``condition`` (int32) is 0."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
+        "@p ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4]; }",
+        "=&r,=&r,=&r,=&r,l,r", [address, condition],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def store_words(address, condition, w0, w1, w2, w3):
+    """Four words to ``address`` (int64, a multiple of 16) where ``condition`` (int32) is not 0."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p st.global.v4.b32 [$1], {$3, $4, $5, $6}; }",
+        "=&r,l,r,r,r,r,r", [address, condition, w0, w1, w2, w3], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def pack(low, high, BFLOAT16: tl.constexpr):
+    """Two float32, rounded to float16 or bfloat16, in one word."""
+    if BFLOAT16:
+        word = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        word = tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return word
+
+
+@triton.jit
+def unpack(word, BFLOAT16: tl.constexpr):
+    """The two float16 or bfloat16 of a word, as float32."""
+    if BFLOAT16:
+        low = (word << 16).to(tl.float32, bitcast=True)
+        high = (word & -65536).to(tl.float32, bitcast=True)
+    else:
+        low = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        high = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return low, high
+
+
+@triton.jit
+def multiply_add(low, high, factor, word, BFLOAT16: tl.constexpr):
+    """``low`` and ``high`` (float32), plus ``factor`` times the two float16 or bfloat16 of a word.
+
+    One piece of assembly, because LLVM would vectorise these over samples and run out of registers.
+    """
+    if BFLOAT16:
+        sums = tl.inline_asm_elementwise(
+            "{ .reg .b32 a, b; shl.b32 a, $5, 16; and.b32 b, $5, 0xffff0000; "
+            "fma.rn.f32 $0, $4, a, $2; fma.rn.f32 $1, $4, b, $3; }",
+            "=&f,=f,f,f,f,r", [low, high, factor, word], dtype=(tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        sums = tl.inline_asm_elementwise(
+            "{ .reg .b16 l, h; .reg .f32 a, b; mov.b32 {l, h}, $5; cvt.f32.f16 a, l; cvt.f32.f16 b, h; "
+            "fma.rn.f32 $0, $4, a, $2; fma.rn.f32 $1, $4, b, $3; }",
+            "=&f,=f,f,f,f,r", [low, high, factor, word], dtype=(tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+    return sums
+
+
+@triton.jit
+def mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, BFLOAT16: tl.constexpr):
+    """One tensor-core instruction, c + a b, m16n8k16: 16-bit operands, float32 sums; the layouts are PTX's."""
+    if BFLOAT16:
+        d = tl.inline_asm_elementwise(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+            "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        d = tl.inline_asm_elementwise(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+            "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+    return d
