@@ -170,7 +170,7 @@ def _backward_kernel(
     grad_value_ptr,  # [N, S, M, D] of dtype ACC, zero on entry
     grad_point_ptr,  # [N, Lq, M, K, 2]
     grad_weight_ptr,  # [N, Lq, M, K]
-    grad_reference_ptr,  # [N, Lq, M, L, REFERENCE_SIZE] of dtype ACC: what each head and level contributes
+    grad_reference_ptr,  # [N, Lq, M, REFERENCE_LEVELS, REFERENCE_SIZE] of dtype ACC: each head's part
     grad_output_ptr,  # [N, Lq, M, D]
     output_ptr,  # [N, Lq, M, D] of the forward, when fused
     value_ptr,  # as in the forward, from here on
@@ -240,6 +240,10 @@ def _backward_kernel(
         output = tl.load(output_ptr + offs_tile, mask=mask_tile, other=0).to(ACC)
         grad_dot_output = tl.sum(grad_output * output, axis=1)  # [ROWS]
 
+    total_x = tl.zeros([ROWS], dtype=ACC)
+    total_y = total_x
+    total_w = total_x
+    total_h = total_x
     start = pid_n * 0
     for level in tl.static_range(NUM_LEVELS):
         height, width = level_shape(shapes, level, SHAPES_IN_MEMORY)
@@ -321,12 +325,22 @@ def _backward_kernel(
                     scaled_y = tl.where(counts, grad_y * scale_y, 0.0)
                     store_xy(grad_point_ptr, offs_k, scaled_x, scaled_y, mask_row, False)
         if NEEDS_REFERENCE:
-            offs_part = ((first_query + offs_query) * NUM_HEADS + offs_head) * NUM_LEVELS + level
-            part_ptrs = grad_reference_ptr + offs_part * REFERENCE_SIZE
-            tl.store(part_ptrs, sum_x * pixels_x, mask=mask_row)
-            tl.store(part_ptrs + 1, sum_y * pixels_y, mask=mask_row)
+            total_x += sum_x * pixels_x
+            total_y += sum_y * pixels_y
             if REFERENCE_SIZE == 4:
                 half_per_point = 0.5 / (NUM_POINTS[level] if NUM_POINTS[level] > 0 else 1)
-                tl.store(part_ptrs + 2, sum_w * (pixels_x * half_per_point), mask=mask_row)
-                tl.store(part_ptrs + 3, sum_h * (pixels_y * half_per_point), mask=mask_row)
+                total_w += sum_w * (pixels_x * half_per_point)
+                total_h += sum_h * (pixels_y * half_per_point)
+            if REFERENCE_LEVELS > 1 or level == NUM_LEVELS - 1:
+                offs_part = (first_query * NUM_HEADS + offs_row) * REFERENCE_LEVELS + level % REFERENCE_LEVELS
+                part_ptrs = grad_reference_ptr + offs_part * REFERENCE_SIZE
+                tl.store(part_ptrs, total_x, mask=mask_row)
+                tl.store(part_ptrs + 1, total_y, mask=mask_row)
+                if REFERENCE_SIZE == 4:
+                    tl.store(part_ptrs + 2, total_w, mask=mask_row)
+                    tl.store(part_ptrs + 3, total_h, mask=mask_row)
+                total_x = tl.zeros([ROWS], dtype=ACC)
+                total_y = total_x
+                total_w = total_x
+                total_h = total_x
         start += height.to(tl.int64) * width

@@ -66,9 +66,8 @@ def backward(
         allocate_points = torch.zeros if problem.method == "nearest" else allocate
         grad_points = allocate_points(points.shape, dtype=points.dtype, device=device)
         grad_weights = allocate(weights.shape, dtype=weights.dtype, device=device)
-    if needs.reference and references is not None:  # what each head and level contributes; atomics would be in no order
-        shape = (*points.shape[:3], len(problem.num_points), references.shape[3])
-        parts = allocate(shape, dtype=dtype, device=device)
+    if needs.reference and references is not None:  # a part for each head: atomics would add in no order
+        parts = allocate((*points.shape[:3], *references.shape[2:]), dtype=dtype, device=device)
     if needs.value:
         _alert_not_deterministic()
         grad_value = torch.zeros(value.shape, dtype=dtype, device=device)
@@ -85,8 +84,7 @@ def backward(
         grad_value = grad_value.to(value.dtype)
     grad_references = None
     if parts is not None and references is not None:
-        per_level = parts.sum(2) if references.shape[2] > 1 else parts.sum((2, 3)).unsqueeze(2)
-        grad_references = per_level.to(references.dtype)
+        grad_references = parts.sum(2).to(references.dtype)
     return grad_value, grad_points, grad_weights, grad_references
 
 

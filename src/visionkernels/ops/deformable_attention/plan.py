@@ -21,7 +21,6 @@ from visionkernels.ops.deformable_attention.problem import Problem
 from visionkernels.ops.deformable_attention.tile import LANE_BYTES, choose_tile, choose_warp_tile
 
 MAX_INT32 = 2**31 - 1
-HALVES = (torch.float16, torch.bfloat16)
 
 
 class Inputs(NamedTuple):
@@ -224,7 +223,7 @@ def _plan(
         and num_pixels > 0
         and not any(alignment[6:])
     ):
-        choice = _warp_kernel(common, value_dtype, needs)
+        choice = _warp_kernel(common, value_dtype, num_queries == num_pixels, needs)
     if choice is None:
         pairs = value_dtype == torch.bfloat16 and not double and step % 2 == 0 and head_dim % 2 == 0
         tile = choose_tile(head_dim, num_heads, itemsize, needs is not None)
@@ -245,16 +244,12 @@ def _plan(
     return Plan(choice.kernel, (*scalars, *common, *choice.constants), grid, choice.num_warps)
 
 
-def _warp_kernel(common: _Common, value_dtype: torch.dtype, needs: Needs | None) -> _Choice | None:
+def _warp_kernel(common: _Common, value_dtype: torch.dtype, dense: bool, needs: Needs | None) -> _Choice | None:
     """The kernel of whole warps for this case, if there is one."""
-    if needs is None:
-        tile = choose_warp_tile(common.head_dim, common.num_heads, value_dtype.itemsize, common.num_samples)
-        if tile is None:
-            return None
-        constants: tuple[Any, ...] = (tile.rows, tile.heads, 32 * tile.num_warps)
-        return _Choice(warp_forward._forward_warp_kernel, constants, *tile)
-    if needs.value or value_dtype not in HALVES or common.head_dim % 32 or common.head_dim > 128:
+    tile = choose_warp_tile(common.head_dim, common.num_heads, value_dtype.itemsize, common.num_samples, dense)
+    if tile is None or (needs is not None and needs.value):
         return None
-    heads = 2 if common.head_dim == 32 and common.num_heads % 2 == 0 else 1
-    constants = (max(common.num_points), heads, needs.reference)
-    return _Choice(warp_backward._backward_points_kernel, constants, 8, heads, 1)
+    constants = (tile.rows, tile.heads, 32 * tile.num_warps)
+    if needs is None:
+        return _Choice(warp_forward._forward_warp_kernel, constants, *tile)
+    return _Choice(warp_backward._backward_points_kernel, (*constants, needs.reference), *tile)

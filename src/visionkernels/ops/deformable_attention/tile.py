@@ -48,7 +48,7 @@ def choose_tile(head_dim: int, num_heads: int, itemsize: int, backward: bool) ->
 
 
 class WarpTile(NamedTuple):
-    """How ``warp_forward`` cuts the rows."""
+    """How the warp kernels cut the rows."""
 
     rows: int
     heads: int
@@ -59,14 +59,16 @@ MAX_UNROLLED = 64  # samples of a row; the code grows with them, and so does the
 
 
 @lru_cache
-def choose_warp_tile(head_dim: int, num_heads: int, itemsize: int, num_samples: int) -> WarpTile | None:
-    """The launch rule of ``warp_forward``: a row has as many lanes as it has 16 bytes of channels.
+def choose_warp_tile(head_dim: int, num_heads: int, itemsize: int, num_samples: int, dense: bool) -> WarpTile | None:
+    """The launch rule of the warp kernels: a row has a lane for every 16 bytes of a pixel, or a multiple of that.
 
     Args:
         head_dim: channels of a head.
         num_heads: heads of the value.
         itemsize: bytes of one channel of the value.
         num_samples: samples of a row.
+        dense: every pixel is a query, as in an encoder. Elsewhere rows are few: then several samples of a row are
+            read at once, by lanes of their own.
 
     Returns:
         The tile, or None where rows do not divide a warp or have too many samples to unroll.
@@ -75,8 +77,9 @@ def choose_warp_tile(head_dim: int, num_heads: int, itemsize: int, num_samples: 
     lanes = row_bytes // LANE_BYTES
     if row_bytes % LANE_BYTES or lanes not in (1, 2, 4, 8, 16, 32) or num_samples > MAX_UNROLLED:
         return None
-    num_warps = 4
-    rows = 32 * num_warps // lanes
+    num_warps = 4 if dense else 1
+    at_once = 1 if dense else min(4, 32 // lanes)
+    rows = 32 * num_warps // (lanes * at_once)
     heads = 1
     while heads < rows and num_heads % (2 * heads) == 0 and 2 * heads * row_bytes <= LINE_BYTES:
         heads *= 2

@@ -1,4 +1,4 @@
-"""What a warp can do and Triton has no word for: shuffles, 16-byte words, one tensor-core instruction.
+"""What a warp can do and Triton has no word for: shuffles, 16-byte words, sums that stay in order.
 
 A tensor of 32 elements a warp lies one element a lane: element i in thread i of the program. NVIDIA GPUs only, from
 compute capability 8.0 on.
@@ -34,10 +34,10 @@ def lanes_max(x, lane, LANES: tl.constexpr):
 
 
 @triton.jit
-def lanes_sum(x, lane, LANES: tl.constexpr):
-    """Sum over groups of ``LANES`` neighbouring lanes, a power of two."""
+def lanes_sum(x, lane, LANES: tl.constexpr, STEP: tl.constexpr = 1):
+    """Sum over every ``STEP``-th lane of groups of ``LANES`` neighbouring ones, both powers of two."""
     for bit in tl.static_range(5):
-        if (1 << bit) < LANES:
+        if (1 << bit) >= STEP and (1 << bit) < LANES:
             x += shuffle_float(x, lane ^ (1 << bit))
     return x
 
@@ -110,20 +110,18 @@ def multiply_add(low, high, factor, word, BFLOAT16: tl.constexpr):
 
 
 @triton.jit
-def mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, BFLOAT16: tl.constexpr):
-    """One tensor-core instruction, c + a b, m16n8k16: 16-bit operands, float32 sums; the layouts are PTX's."""
+def dot_add(dot, factor_low, factor_high, word, BFLOAT16: tl.constexpr):
+    """``dot`` (float32), plus the products of two factors with the two float16 or bfloat16 of a word; see above."""
     if BFLOAT16:
-        d = tl.inline_asm_elementwise(
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
-            "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+        dot = tl.inline_asm_elementwise(
+            "{ .reg .b32 a, b; .reg .f32 d; shl.b32 a, $4, 16; and.b32 b, $4, 0xffff0000; "
+            "fma.rn.f32 d, $2, a, $1; fma.rn.f32 $0, $3, b, d; }",
+            "=f,f,f,f,r", [dot, factor_low, factor_high, word], dtype=tl.float32, is_pure=True, pack=1,
         )  # fmt: skip
     else:
-        d = tl.inline_asm_elementwise(
-            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
-            "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+        dot = tl.inline_asm_elementwise(
+            "{ .reg .b16 l, h; .reg .f32 a, b, d; mov.b32 {l, h}, $4; cvt.f32.f16 a, l; cvt.f32.f16 b, h; "
+            "fma.rn.f32 d, $2, a, $1; fma.rn.f32 $0, $3, b, d; }",
+            "=f,f,f,f,r", [dot, factor_low, factor_high, word], dtype=tl.float32, is_pure=True, pack=1,
         )  # fmt: skip
-    return d
+    return dot
