@@ -1,0 +1,217 @@
+"""Launches the binned gradient of the value; see ``binned_kernels`` for what the kernels do.
+
+Nothing here reads device memory: numbers of bins and items are bounded by what the host knows.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from visionkernels.ops.deformable_attention import binned_kernels as kernels
+from visionkernels.ops.deformable_attention import sampling
+from visionkernels.ops.deformable_attention.problem import Problem
+
+MAX_INT32 = 2**31 - 1
+MAX_HEAD_DIM = 128  # the sums of 16 pixels stay in one warp's registers
+SAMPLES_PER_PIXEL = 4  # of one head, from which sorting them pays
+PLAN_BLOCK = 256
+
+
+class Options(NamedTuple):
+    """How the work is cut."""
+
+    rows: int = 64  # (query, head) of a program that counts or scatters
+    sample_warps: int = 4
+    copies: int = 4  # counters of a bin
+    chunk: int = 256  # records of an item
+    block_k: int = 64  # of them in one matrix product
+    tile_warps: int = 1
+    stages: int = 1
+    precision: str = "tf32x3"  # of products of float32
+    split: bool = False  # factors of halves as a sum of two halves
+    gather: bool = False  # store the items' sums and gather them, instead of atomics
+    gather_pixels: int = 32
+    programs: int | None = None  # of the matrix products; None: one an item
+
+
+def applies(problem: Problem) -> bool:
+    """Whether ``grad_value`` can do this problem, and is expected to be faster than one atomic a corner."""
+    value, points = problem.value, problem.points
+    batch, num_pixels, num_heads, head_dim = value.shape
+    tensors = (value, points, problem.weights, problem.reference_points)
+    if problem.method != "bilinear" or any(t is not None and t.dtype == torch.float64 for t in tensors):
+        return False
+    samples = points.shape[1] * sum(problem.num_points)  # of one head
+    reach = max(
+        samples * num_heads * 4,
+        batch * num_heads * _bins_of_a_head(problem) * max(1, Options().copies),
+        points.shape[1] * num_heads * head_dim,
+        num_pixels,
+    )
+    return head_dim <= MAX_HEAD_DIM and reach <= MAX_INT32 and samples >= SAMPLES_PER_PIXEL * num_pixels
+
+
+def grad_value(
+    problem: Problem,
+    grad_output: Tensor,
+    deterministic: bool = False,
+    images_per_pass: int | None = None,
+    options: Options | None = None,
+) -> Tensor:
+    """The gradient of the value of bilinear sampling.
+
+    Args:
+        problem: the forward's inputs, none of them float64; on one device.
+        grad_output: ``[N, Lq, M * D]`` or ``[N, Lq, M, D]``, any strides.
+        deterministic: bit-identical run to run, by a stable sort and without any atomic sum.
+        images_per_pass: images whose samples are sorted at a time; bounds the temporary memory of 20 bytes a sample.
+        options: how the work is cut.
+
+    Returns:
+        ``[N, S, M, D]``, contiguous, in the value's dtype.
+    """
+    options = options or Options()
+    value, points = problem.value, problem.points
+    batch = value.shape[0]
+    partial = deterministic or options.gather
+    dtype = value.dtype if partial else torch.float32
+    if not (value.numel() and points.shape[1] and sum(problem.num_points)):
+        return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+    allocate = torch.empty if partial else torch.zeros
+    gradient = allocate(value.shape, dtype=dtype, device=value.device)
+    grad_output = grad_output.contiguous()
+    images = _images_of_a_pass(problem, images_per_pass or batch)
+    with torch.cuda.device(value.device) if value.device.type == "cuda" else nullcontext():
+        for first in range(0, batch, images):
+            part = slice(first, first + images)
+            _pass(_slice(problem, part), grad_output[part], gradient[part], deterministic, options)
+    return gradient.to(value.dtype)
+
+
+def _pass(problem: Problem, grad_output: Tensor, gradient: Tensor, deterministic: bool, options: Options) -> None:
+    """All kernels over all images of ``problem``."""
+    value, points = problem.value, problem.points
+    device = value.device
+    batch, num_pixels, num_heads, head_dim = value.shape
+    num_queries = points.shape[1]
+    num_bins = _bins_of_a_head(problem)
+    all_bins = batch * num_heads * num_bins
+    samples = batch * num_queries * num_heads * sum(problem.num_points)
+    partial = deterministic or options.gather
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    items = samples // options.chunk + min(all_bins, samples)
+    shapes = _shapes(problem)
+    in_memory = problem.spatial_shapes is not None
+    mask = None if problem.value_mask is None else problem.value_mask.contiguous().view(torch.uint8)
+    scalars = (batch, num_pixels, num_queries, num_bins)
+    # The counters and the two cursors behind them are filled with zeros at a time.
+    counters = torch.zeros((0 if deterministic else options.copies * all_bins) + 2, dtype=torch.int32, device=device)
+    counts, cursor = counters[:-2], counters[-2:]
+    ranks = torch.empty(samples, dtype=torch.int32, device=device)
+    sampling_arguments = _sampling_arguments(problem, options, deterministic)
+    points = problem.points.contiguous()
+    references = None if problem.reference_points is None else problem.reference_points.contiguous()
+    grid = (batch * triton.cdiv(num_queries * num_heads, options.rows),)
+    kernels._count_kernel[grid](
+        counts, ranks, shapes, points, references, *scalars, *sampling_arguments, num_warps=options.sample_warps
+    )
+    if deterministic:
+        ranks, counts = _sorted_places(ranks, all_bins)
+    item_list = torch.empty(items, 8, dtype=torch.int32, device=device)
+    first_items = torch.empty(2, all_bins, dtype=torch.int32, device=device) if partial else None
+    kernels._plan_kernel[(triton.cdiv(all_bins, PLAN_BLOCK),)](
+        counts, cursor, item_list, first_items, shapes, all_bins, num_bins, len(problem.num_points), in_memory,
+        options.copies, options.chunk, PLAN_BLOCK, deterministic, partial, num_warps=4,
+    )  # fmt: skip
+    records = torch.empty(samples, 4, dtype=torch.int32, device=device)
+    kernels._scatter_kernel[grid](
+        records, counts, ranks, shapes, points, problem.weights.contiguous(), references,
+        *scalars, *sampling_arguments, num_warps=options.sample_warps,
+    )  # fmt: skip
+    sums = torch.empty(items, 16, block_d, dtype=torch.float32, device=device) if partial else gradient
+    programs = min(items, options.programs or items)
+    kernels._tile_kernel[(programs,)](
+        sums, grad_output, records, item_list, cursor, mask, num_pixels, num_queries, programs,
+        num_heads, head_dim, mask is not None, block_d,
+        options.block_k, options.stages, options.precision, options.split, partial, num_warps=options.tile_warps,
+    )  # fmt: skip
+    if partial:
+        grid = (batch * num_heads * triton.cdiv(num_pixels, options.gather_pixels),)
+        kernels._gather_kernel[grid](
+            gradient, sums, first_items, shapes, mask, *scalars, num_heads, head_dim, len(problem.num_points),
+            mask is not None, in_memory, block_d, options.gather_pixels, num_warps=1,
+        )  # fmt: skip
+
+
+def _sorted_places(bins: Tensor, all_bins: int) -> tuple[Tensor, Tensor]:
+    """Each sample's place among all, sorted by bin and then by itself; and where each bin begins, [all_bins + 1]."""
+    ordered, order = torch.sort(bins, stable=True)
+    places = torch.empty_like(bins)
+    places[order] = torch.arange(bins.shape[0], dtype=torch.int32, device=bins.device)
+    edges = torch.arange(all_bins + 1, dtype=torch.int32, device=bins.device)
+    return places, torch.searchsorted(ordered, edges, out_int32=True)
+
+
+def _sampling_arguments(problem: Problem, options: Options, deterministic: bool) -> tuple[Any, ...]:
+    """The constants of the kernels that locate samples, in the order of their parameters."""
+    points, references, num_points = problem.points, problem.reference_points, problem.num_points
+    return (
+        problem.value.shape[2],
+        len(num_points),
+        sum(num_points),
+        num_points,
+        tuple(accumulate(num_points, initial=0))[:-1],
+        0 if references is None else references.shape[3],
+        1 if references is None else references.shape[2],
+        problem.padding_mode == "border",
+        problem.align_corners,
+        problem.spatial_shapes is not None,
+        points.is_contiguous() and points.data_ptr() % (2 * points.element_size()) == 0,
+        options.rows,
+        options.copies,
+        deterministic,
+    )
+
+
+def _bins_of_a_head(problem: Problem) -> int:
+    """Bins of all levels of one head; for shapes in device memory the most that they can have.
+
+    A level of w x h pixels has at most (w / 3 + 1)(h / 3 + 1) bins, and w + h is at most w h + 1, so there are no more
+    than 4 / 9 w h + 4 / 3.
+    """
+    if problem.spatial_shapes is not None:
+        return max(1, 4 * problem.value.shape[1] // 9 + 2 * len(problem.num_points))
+    sizes = problem.level_sizes
+    levels = zip(sizes[::2], sizes[1::2], strict=True)
+    return max(1, sum(((h + 3) // 3) * ((w + 3) // 3) for h, w in levels if h and w))
+
+
+def _images_of_a_pass(problem: Problem, images: int) -> int:
+    """At most ``images``, and no more than int32 can number the samples and counters of."""
+    _, num_queries, num_heads = problem.points.shape[:3]
+    image = max(num_queries * sum(problem.num_points), _bins_of_a_head(problem) * Options().copies) * num_heads
+    return max(1, min(images, MAX_INT32 // max(1, image)))
+
+
+def _slice(problem: Problem, part: slice) -> Problem:
+    """The problem of some of its images."""
+    return problem._replace(
+        value=problem.value[part],
+        points=problem.points[part],
+        weights=problem.weights[part],
+        reference_points=None if problem.reference_points is None else problem.reference_points[part],
+        value_mask=None if problem.value_mask is None else problem.value_mask[part],
+    )
+
+
+def _shapes(problem: Problem) -> Tensor | tuple[int, ...]:
+    """The tensor in device memory; or the sizes, in the form in which they are launch arguments."""
+    if problem.spatial_shapes is not None:
+        return problem.spatial_shapes.contiguous()
+    return tuple([(size << sampling.SIZE_SHIFT.value) + sampling.SIZE_PAD for size in problem.level_sizes])
