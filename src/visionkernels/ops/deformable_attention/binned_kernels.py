@@ -121,7 +121,8 @@ def _count_kernel(
         reference_ptr += image * num_queries * (REFERENCE_LEVELS * REFERENCE_SIZE)
     mask_point = mask_row
     if SHAPES_IN_MEMORY:  # points that are not read are nowhere
-        mask_point = mask_row & shapes_fit(shapes, num_pixels, NUM_LEVELS)
+        fit = shapes_fit(shapes, num_pixels, NUM_LEVELS)
+        mask_point = offs_row // NUM_HEADS < tl.where(fit, num_queries, 0)
     all_bins = num_images * NUM_HEADS * num_bins
     first_bin = (pid_n * NUM_HEADS + offs_row % NUM_HEADS) * num_bins
     offs_copy = ((offs_row // NUM_HEADS) % COPIES) * all_bins
@@ -258,7 +259,8 @@ def _scatter_kernel(
     rank_ptr += image * num_queries * (NUM_HEADS * NUM_SAMPLES)
     mask_point = mask_row
     if SHAPES_IN_MEMORY:
-        mask_point = mask_row & shapes_fit(shapes, num_pixels, NUM_LEVELS)
+        fit = shapes_fit(shapes, num_pixels, NUM_LEVELS)
+        mask_point = offs_row // NUM_HEADS < tl.where(fit, num_queries, 0)
     if REFERENCE_SIZE > 0:
         reference_ptr += image * num_queries * (REFERENCE_LEVELS * REFERENCE_SIZE)
         offs = tl.reshape(offs_row, (ROWS,))
@@ -423,7 +425,8 @@ def _gather_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     counts = mask_s
     if SHAPES_IN_MEMORY:
-        counts = counts & shapes_fit(shapes, num_pixels, NUM_LEVELS)
+        fit = shapes_fit(shapes, num_pixels, NUM_LEVELS)
+        counts = offs_s < tl.where(fit, num_pixels, 0)
     if HAS_MASK:
         counts = counts & (tl.load(mask_ptr + image * num_pixels + offs_s, mask=mask_s, other=0) != 0)
     first_level_bin = offs_s * 0
