@@ -44,7 +44,9 @@ FUSED_CASES = {
     "points": Case(shapes=((9, 13), (5, 7)), queries=9, masked=True),
     "points-of-every-level": Case(queries=9, reference_levels=2),
     "boxes": Case(queries=9, reference_size=4),
-    "boxes-of-every-level": Case(queries=9, heads=3, reference_size=4, reference_levels=2, dtype=F16, location_dtype=F32),
+    "boxes-of-every-level": Case(
+        queries=9, heads=3, reference_size=4, reference_levels=2, dtype=F16, location_dtype=F32
+    ),
     "boxes-ragged": Case(queries=9, reference_size=4, num_points=(3, 6), masked=True, dtype=BF16, weight_dtype=F32),
 }
 

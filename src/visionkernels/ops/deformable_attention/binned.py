@@ -30,7 +30,7 @@ class Options(NamedTuple):
     sample_warps: int = 4
     copies: int = 4  # counters of a bin
     chunk: int = 256  # records of an item
-    block_k: int = 64  # of them in one matrix product
+    block_k: int = 32  # of them in one matrix product
     tile_warps: int = 1
     stages: int = 1
     precision: str = "tf32x3"  # of products of float32

@@ -1,7 +1,7 @@
 """Triton kernels of the value's gradient, sorted by place: matrix products instead of an atomic a corner and channel.
 
-The base cell of a sample is (floor(x), floor(y)); cells run from -1 to size - 1. A bin is 3 x 3 cells of one level of one
-head of one image, so its samples touch the 4 x 4 pixels that begin one pixel before it, and nothing else. With (x, y)
+The base cell of a sample is (floor(x), floor(y)); cells run from -1 to size - 1. A bin is 3 x 3 cells of one level of
+one head of one image, so its samples touch the 4 x 4 pixels that begin at its first cell, and nothing else. With (x, y)
 counted from the first of these pixels, and hat(t) = max(0, 1 - |t|), a bilinear weight is a product of two hats:
 
     grad[pixel (i, j)] = sum over samples s of the bin of  w[s] hat(x[s] - i) hat(y[s] - j) grad_out[query of s]
@@ -61,7 +61,7 @@ def _bins(
     REFERENCE_SIZE: tl.constexpr, REFERENCE_LEVELS: tl.constexpr, BORDER: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
     SHAPES_IN_MEMORY: tl.constexpr, XY_IN_ONE_WORD: tl.constexpr,
 ):  # fmt: skip
-    """Of the samples of one level, [ROWS, BLOCK_P] each: offset, whether it exists, bin, (x, y) there, whether it counts."""
+    """Of a level's samples [ROWS, BLOCK_P]: offset, whether it exists, bin, (x, y) in it, whether it counts."""
     height, width = level_shape(shapes, level, SHAPES_IN_MEMORY)
     offs_point = tl.arange(0, triton.next_power_of_2(NUM_POINTS[level]))[None, :]
     offs_k = offs_row * NUM_SAMPLES + (FIRST_POINT[level] + offs_point)
@@ -264,7 +264,9 @@ def _scatter_kernel(
     if REFERENCE_SIZE > 0:
         reference_ptr += image * num_queries * (REFERENCE_LEVELS * REFERENCE_SIZE)
         offs = tl.reshape(offs_row, (ROWS,))
-        peak, total = softmax_parts(weight_ptr, offs * NUM_SAMPLES, offs // NUM_HEADS < num_queries, tl.float32, NUM_SAMPLES)
+        peak, total = softmax_parts(
+            weight_ptr, offs * NUM_SAMPLES, offs // NUM_HEADS < num_queries, tl.float32, NUM_SAMPLES
+        )
         peak = peak[:, None]
         total = total[:, None]
     first_bin = (pid_n * NUM_HEADS + offs_row % NUM_HEADS) * num_bins

@@ -80,10 +80,13 @@ def affine_of_sample(
 
 @triton.jit
 def axis_of_sample(x, size, BORDER: tl.constexpr):
-    """Along one axis: the first pixel inside, its weight and the next one's, whether there is a next one, whether any
-    is inside, and the derivatives of the two weights.
+    """Along one axis, the first pixel inside and how much it and the next one count.
 
     Where only the pixel after the coordinate is inside, it stands first.
+
+    Returns:
+        Its number, its weight and the next one's weight; whether there is a next one and whether any is inside; and
+        the derivatives of the two weights with respect to the coordinate.
     """
     first, fraction, inside, next_inside, slope = locate(x, size, BORDER, False)
     weight = tl.where(inside, 1 - fraction, fraction)
