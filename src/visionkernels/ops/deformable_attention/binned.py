@@ -14,27 +14,25 @@ import triton
 from torch import Tensor
 
 from visionkernels.ops.deformable_attention import binned_kernels as kernels
-from visionkernels.ops.deformable_attention import sampling
+from visionkernels.ops.deformable_attention import binned_samples, sampling
 from visionkernels.ops.deformable_attention.problem import Problem
 
 MAX_INT32 = 2**31 - 1
 MAX_HEAD_DIM = 128  # the sums of 16 pixels stay in one warp's registers
 SAMPLES_PER_PIXEL = 4  # of one head, from which sorting them pays
 PLAN_BLOCK = 256
+PROGRAMS_OF_UNKNOWN = 16384  # that share the items, where their number is not known
 
 
 class Options(NamedTuple):
     """How the work is cut."""
 
-    rows: int = 64  # (query, head) of a program that counts or scatters
+    samples: int = 1024  # of a program that counts or scatters
     sample_warps: int = 4
-    copies: int = 4  # counters of a bin
     chunk: int = 256  # records of an item
     block_k: int = 32  # of them in one matrix product
     tile_warps: int = 1
-    stages: int = 1
-    precision: str = "tf32x3"  # of products of float32
-    split: bool = False  # factors of halves as a sum of two halves
+    stages: int = 2
     gather: bool = False  # store the items' sums and gather them, instead of atomics
     gather_pixels: int = 32
     programs: int | None = None  # of the matrix products; None: one an item
@@ -50,7 +48,7 @@ def applies(problem: Problem) -> bool:
     samples = points.shape[1] * sum(problem.num_points)  # of one head
     reach = max(
         samples * num_heads * 4,
-        batch * num_heads * _bins_of_a_head(problem) * max(1, Options().copies),
+        batch * num_heads * _bins_of_a_head(problem),
         points.shape[1] * num_heads * head_dim,
         num_pixels,
     )
@@ -111,14 +109,14 @@ def _pass(problem: Problem, grad_output: Tensor, gradient: Tensor, deterministic
     mask = None if problem.value_mask is None else problem.value_mask.contiguous().view(torch.uint8)
     scalars = (batch, num_pixels, num_queries, num_bins)
     # The counters and the two cursors behind them are filled with zeros at a time.
-    counters = torch.zeros((0 if deterministic else options.copies * all_bins) + 2, dtype=torch.int32, device=device)
+    counters = torch.zeros((0 if deterministic else all_bins) + 2, dtype=torch.int32, device=device)
     counts, cursor = counters[:-2], counters[-2:]
     ranks = torch.empty(samples, dtype=torch.int32, device=device)
     sampling_arguments = _sampling_arguments(problem, options, deterministic)
     points = problem.points.contiguous()
     references = None if problem.reference_points is None else problem.reference_points.contiguous()
-    grid = (batch * triton.cdiv(num_queries * num_heads, options.rows),)
-    kernels._count_kernel[grid](
+    grid = (batch * triton.cdiv(num_queries * num_heads, sampling_arguments[-3]),)
+    binned_samples._count_kernel[grid](
         counts, ranks, shapes, points, references, *scalars, *sampling_arguments, num_warps=options.sample_warps
     )
     if deterministic:
@@ -127,19 +125,20 @@ def _pass(problem: Problem, grad_output: Tensor, gradient: Tensor, deterministic
     first_items = torch.empty(2, all_bins, dtype=torch.int32, device=device) if partial else None
     kernels._plan_kernel[(triton.cdiv(all_bins, PLAN_BLOCK),)](
         counts, cursor, item_list, first_items, shapes, all_bins, num_bins, len(problem.num_points), in_memory,
-        options.copies, options.chunk, PLAN_BLOCK, deterministic, partial, num_warps=4,
+        options.chunk, PLAN_BLOCK, deterministic, partial, num_warps=4,
     )  # fmt: skip
     records = torch.empty(samples, 4, dtype=torch.int32, device=device)
-    kernels._scatter_kernel[grid](
+    binned_samples._scatter_kernel[grid](
         records, counts, ranks, shapes, points, problem.weights.contiguous(), references,
         *scalars, *sampling_arguments, num_warps=options.sample_warps,
     )  # fmt: skip
     sums = torch.empty(items, 16, block_d, dtype=torch.float32, device=device) if partial else gradient
-    programs = min(items, options.programs or items)
+    # The bound on the bins of shapes in device memory is four times what they commonly are.
+    programs = min(items, options.programs or (PROGRAMS_OF_UNKNOWN if in_memory else items))
     kernels._tile_kernel[(programs,)](
         sums, grad_output, records, item_list, cursor, mask, num_pixels, num_queries, programs,
         num_heads, head_dim, mask is not None, block_d,
-        options.block_k, options.stages, options.precision, options.split, partial, num_warps=options.tile_warps,
+        options.block_k, options.stages, partial, num_warps=options.tile_warps,
     )  # fmt: skip
     if partial:
         grid = (batch * num_heads * triton.cdiv(num_pixels, options.gather_pixels),)
@@ -153,7 +152,8 @@ def _sorted_places(bins: Tensor, all_bins: int) -> tuple[Tensor, Tensor]:
     """Each sample's place among all, sorted by bin and then by itself; and where each bin begins, [all_bins + 1]."""
     ordered, order = torch.sort(bins, stable=True)
     places = torch.empty_like(bins)
-    places[order] = torch.arange(bins.shape[0], dtype=torch.int32, device=bins.device)
+    grid = (triton.cdiv(bins.shape[0], 1024),)
+    kernels._invert_kernel[grid](places, order, bins.shape[0], 1024, num_warps=4)
     edges = torch.arange(all_bins + 1, dtype=torch.int32, device=bins.device)
     return places, torch.searchsorted(ordered, edges, out_int32=True)
 
@@ -161,6 +161,7 @@ def _sorted_places(bins: Tensor, all_bins: int) -> tuple[Tensor, Tensor]:
 def _sampling_arguments(problem: Problem, options: Options, deterministic: bool) -> tuple[Any, ...]:
     """The constants of the kernels that locate samples, in the order of their parameters."""
     points, references, num_points = problem.points, problem.reference_points, problem.num_points
+    block_k = triton.next_power_of_2(sum(num_points))
     return (
         problem.value.shape[2],
         len(num_points),
@@ -173,8 +174,8 @@ def _sampling_arguments(problem: Problem, options: Options, deterministic: bool)
         problem.align_corners,
         problem.spatial_shapes is not None,
         points.is_contiguous() and points.data_ptr() % (2 * points.element_size()) == 0,
-        options.rows,
-        options.copies,
+        max(1, options.samples // block_k),
+        block_k,
         deterministic,
     )
 
@@ -195,7 +196,7 @@ def _bins_of_a_head(problem: Problem) -> int:
 def _images_of_a_pass(problem: Problem, images: int) -> int:
     """At most ``images``, and no more than int32 can number the samples and counters of."""
     _, num_queries, num_heads = problem.points.shape[:3]
-    image = max(num_queries * sum(problem.num_points), _bins_of_a_head(problem) * Options().copies) * num_heads
+    image = max(num_queries * sum(problem.num_points), _bins_of_a_head(problem)) * num_heads
     return max(1, min(images, MAX_INT32 // max(1, image)))
 
 

@@ -14,7 +14,6 @@ which is a product of a matrix [16, samples] with the gathered rows [samples, D]
 4. `_tile_kernel` multiplies, an item a program, and adds the 16 sums to the gradient; or, with PARTIAL, stores them.
 5. `_gather_kernel`, with PARTIAL, sums for each pixel the items of the at most four bins that touch it, in their order.
 
-A weight or a gradient that is not finite may reach all pixels of its bin, not only the four that it is sampled from.
 A bin's samples are in the order of their ranks; where a stable sort provides these, the result is bit-identical.
 """
 
@@ -23,130 +22,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from visionkernels.ops.deformable_attention.sampling import (
-    affine,
-    level_shape,
-    load_xy,
-    locate,
-    shapes_fit,
-    softmax_parts,
-)
+from visionkernels.ops.deformable_attention.binned_samples import SCALARS, level_bins
+from visionkernels.ops.deformable_attention.sampling import level_shape, shapes_fit
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-_SCALARS = ["shapes", "num_images", "num_pixels", "num_queries", "num_bins"]
-
-
-@triton.jit
-def _level_bins(height, width):
-    """Bins a row and bins of a level; a level without pixels has none."""
-    bins_x = (width + 3) // 3  # of width + 1 cells
-    return bins_x, tl.where((height > 0) & (width > 0), bins_x * ((height + 3) // 3), 0)
-
-
-@triton.jit
-def _rows(num_images, num_queries, NUM_HEADS: tl.constexpr, ROWS: tl.constexpr):
-    """This program's image and its rows (query, head) [ROWS, 1]; neighbouring programs work on different images.
-
-    So fewer of those that run at a time count in one bin.
-    """
-    pid = tl.program_id(0)
-    offs_row = (pid // num_images) * ROWS + tl.arange(0, ROWS)[:, None]
-    return pid % num_images, offs_row, offs_row // NUM_HEADS < num_queries
-
-
-@triton.jit
-def _bins(
-    shapes, point_ptr, reference_ptr, offs_row, mask_row, mask_point, level: tl.constexpr, first_bin,
-    NUM_HEADS: tl.constexpr, NUM_SAMPLES: tl.constexpr, NUM_POINTS: tl.constexpr, FIRST_POINT: tl.constexpr,
-    REFERENCE_SIZE: tl.constexpr, REFERENCE_LEVELS: tl.constexpr, BORDER: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
-    SHAPES_IN_MEMORY: tl.constexpr, XY_IN_ONE_WORD: tl.constexpr,
-):  # fmt: skip
-    """Of a level's samples [ROWS, BLOCK_P]: offset, whether it exists, bin, (x, y) in it, whether it counts."""
-    height, width = level_shape(shapes, level, SHAPES_IN_MEMORY)
-    offs_point = tl.arange(0, triton.next_power_of_2(NUM_POINTS[level]))[None, :]
-    offs_k = offs_row * NUM_SAMPLES + (FIRST_POINT[level] + offs_point)
-    mask_k = mask_row & (offs_point < NUM_POINTS[level])
-    offs_reference = ((offs_row // NUM_HEADS) * REFERENCE_LEVELS + level % REFERENCE_LEVELS) * REFERENCE_SIZE
-    scale_x, center_x, _pixels_x = affine(
-        reference_ptr, offs_reference, mask_row, width, 0, NUM_POINTS[level],
-        tl.float32, ALIGN_CORNERS, False, REFERENCE_SIZE,
-    )  # fmt: skip
-    scale_y, center_y, _pixels_y = affine(
-        reference_ptr, offs_reference, mask_row, height, 1, NUM_POINTS[level],
-        tl.float32, ALIGN_CORNERS, False, REFERENCE_SIZE,
-    )  # fmt: skip
-    x, y = load_xy(point_ptr, offs_k, mask_k & mask_point, tl.float32, XY_IN_ONE_WORD)
-    x0, fraction_x, in_x0, in_x1, _slope_x = locate(x * scale_x + center_x, width, BORDER, False)
-    y0, fraction_y, in_y0, in_y1, _slope_y = locate(y * scale_y + center_y, height, BORDER, False)
-    counts = mask_k & (in_x0 | in_x1) & (in_y0 | in_y1)
-    bins_x, num_bins = _level_bins(height, width)
-    bin_x = (x0 + 1) // 3
-    bin_y = (y0 + 1) // 3
-    x = (x0 + 1 - 3 * bin_x).to(tl.float32) + fraction_x
-    y = (y0 + 1 - 3 * bin_y).to(tl.float32) + fraction_y
-    return offs_k, mask_k, first_bin + bin_y * bins_x + bin_x, x, y, counts, first_bin + num_bins
-
-
-@triton.jit(do_not_specialize=_SCALARS)
-def _count_kernel(
-    count_ptr,  # [COPIES, N * M * num_bins] int32, zero on entry; unused when SORTED
-    rank_ptr,  # [N, Lq, M, K] int32: the rank among those of the same bin and copy; or when SORTED the bin
-    shapes,  # [L, 2] in memory, or a tuple h0, w0, h1, ...
-    point_ptr,  # [N, Lq, M, K, 2] sampling locations, or offsets when fused
-    reference_ptr,  # [N, Lq, REFERENCE_LEVELS, REFERENCE_SIZE] when fused
-    num_images,
-    num_pixels,
-    num_queries,
-    num_bins,  # places for bins of one head
-    NUM_HEADS: tl.constexpr,
-    NUM_LEVELS: tl.constexpr,
-    NUM_SAMPLES: tl.constexpr,  # K, over all levels
-    NUM_POINTS: tl.constexpr,  # points of each level
-    FIRST_POINT: tl.constexpr,  # and where they begin
-    REFERENCE_SIZE: tl.constexpr,  # 0 unfused, 2 points, 4 boxes
-    REFERENCE_LEVELS: tl.constexpr,  # 1 or L
-    BORDER: tl.constexpr,
-    ALIGN_CORNERS: tl.constexpr,
-    SHAPES_IN_MEMORY: tl.constexpr,
-    XY_IN_ONE_WORD: tl.constexpr,
-    ROWS: tl.constexpr,
-    COPIES: tl.constexpr,  # counters of each bin: neighbouring queries fall into the same bins
-    SORTED: tl.constexpr,
-):
-    pid_n, offs_row, mask_row = _rows(num_images, num_queries, NUM_HEADS, ROWS)
-    image = pid_n.to(tl.int64)
-    point_ptr += image * num_queries * (NUM_HEADS * NUM_SAMPLES * 2)
-    rank_ptr += image * num_queries * (NUM_HEADS * NUM_SAMPLES)
-    if REFERENCE_SIZE > 0:
-        reference_ptr += image * num_queries * (REFERENCE_LEVELS * REFERENCE_SIZE)
-    mask_point = mask_row
-    if SHAPES_IN_MEMORY:  # points that are not read are nowhere
-        fit = shapes_fit(shapes, num_pixels, NUM_LEVELS)
-        mask_point = offs_row // NUM_HEADS < tl.where(fit, num_queries, 0)
-    all_bins = num_images * NUM_HEADS * num_bins
-    first_bin = (pid_n * NUM_HEADS + offs_row % NUM_HEADS) * num_bins
-    offs_copy = ((offs_row // NUM_HEADS) % COPIES) * all_bins
-    for level in tl.static_range(NUM_LEVELS):
-        if NUM_POINTS[level] > 0:
-            offs_k, mask_k, bins, _x, _y, counts, first_bin = _bins(
-                shapes, point_ptr, reference_ptr, offs_row, mask_row, mask_point, level, first_bin,
-                NUM_HEADS, NUM_SAMPLES, NUM_POINTS, FIRST_POINT, REFERENCE_SIZE, REFERENCE_LEVELS,
-                BORDER, ALIGN_CORNERS, SHAPES_IN_MEMORY, XY_IN_ONE_WORD,
-            )  # fmt: skip
-            if SORTED:
-                rank = tl.where(counts, bins, all_bins)
-            else:
-                rank = tl.atomic_add(count_ptr + offs_copy + bins, 1, mask=counts, sem="relaxed")
-            tl.store(rank_ptr + offs_k, rank, mask=mask_k)
-        else:
-            height, width = level_shape(shapes, level, SHAPES_IN_MEMORY)
-            _bins_x, level_bins = _level_bins(height, width)
-            first_bin += level_bins
 
 
 @triton.jit(do_not_specialize=["shapes", "all_bins", "num_bins"])
 def _plan_kernel(
-    count_ptr,  # [COPIES, all_bins] in: counts; out: where each copy's records begin. When SORTED [all_bins + 1] begins
+    count_ptr,  # [all_bins] in: counts; out: where their records begin. When SORTED [all_bins + 1] begins
     cursor_ptr,  # [2] records and items given out so far, zero on entry
     item_ptr,  # [items, 8] out: first record, records, image * M + head, first pixel, width, which pixels exist
     first_item_ptr,  # [2, all_bins] out, when PARTIAL: a bin's first item, and its number of items
@@ -155,7 +39,6 @@ def _plan_kernel(
     num_bins,
     NUM_LEVELS: tl.constexpr,
     SHAPES_IN_MEMORY: tl.constexpr,
-    COPIES: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     SORTED: tl.constexpr,
@@ -167,15 +50,9 @@ def _plan_kernel(
         start = tl.load(count_ptr + offs, mask=mask, other=0)
         count = tl.load(count_ptr + offs + 1, mask=mask, other=0) - start
     else:
-        count = tl.zeros([BLOCK], dtype=tl.int32)
-        for copy in tl.static_range(COPIES):
-            count += tl.load(count_ptr + copy * all_bins + offs, mask=mask, other=0)
+        count = tl.load(count_ptr + offs, mask=mask, other=0)
         start = tl.atomic_add(cursor_ptr, tl.sum(count), sem="relaxed") + tl.cumsum(count) - count
-        begin = start
-        for copy in tl.static_range(COPIES):
-            copy_count = tl.load(count_ptr + copy * all_bins + offs, mask=mask, other=0)
-            tl.store(count_ptr + copy * all_bins + offs, begin, mask=mask)
-            begin += copy_count
+        tl.store(count_ptr + offs, start, mask=mask)
     items = (count + (CHUNK - 1)) // CHUNK
     first_item = tl.atomic_add(cursor_ptr + 1, tl.sum(items), sem="relaxed") + tl.cumsum(items) - items
     if PARTIAL:
@@ -211,90 +88,25 @@ def _corner_of(shapes, level_bin, NUM_LEVELS: tl.constexpr, SHAPES_IN_MEMORY: tl
     pixels = 0
     for level in tl.static_range(NUM_LEVELS):
         level_height, level_width = level_shape(shapes, level, SHAPES_IN_MEMORY)
-        bins_x, level_bins = _level_bins(level_height, level_width)
-        here = (level_bin >= first_bin) & (level_bin < first_bin + level_bins)
+        bins_x, bins_here = level_bins(level_height, level_width)
+        here = (level_bin >= first_bin) & (level_bin < first_bin + bins_here)
         some_bins = tl.maximum(bins_x, 1)
         x = tl.where(here, (level_bin - first_bin) % some_bins * 3 - 1, x)
         y = tl.where(here, (level_bin - first_bin) // some_bins * 3 - 1, y)
         height = tl.where(here, level_height, height)
         width = tl.where(here, level_width, width)
         first_pixel = tl.where(here, pixels, first_pixel)
-        first_bin += level_bins
+        first_bin += bins_here
         pixels += level_height * level_width
     return x, y, height, width, first_pixel
 
 
-@triton.jit(do_not_specialize=_SCALARS)
-def _scatter_kernel(
-    record_ptr,  # [N * Lq * M * K, 4] out: query, and as bits of float32 x, y and the attention weight
-    start_ptr,  # [COPIES, N * M * num_bins] where records begin; unused when SORTED
-    rank_ptr,  # [N, Lq, M, K] of the same bin and copy; or when SORTED the place itself
-    shapes,
-    point_ptr,
-    weight_ptr,  # [N, Lq, M, K] attention weights, or logits when fused
-    reference_ptr,
-    num_images,
-    num_pixels,
-    num_queries,
-    num_bins,
-    NUM_HEADS: tl.constexpr,
-    NUM_LEVELS: tl.constexpr,
-    NUM_SAMPLES: tl.constexpr,
-    NUM_POINTS: tl.constexpr,
-    FIRST_POINT: tl.constexpr,
-    REFERENCE_SIZE: tl.constexpr,
-    REFERENCE_LEVELS: tl.constexpr,
-    BORDER: tl.constexpr,
-    ALIGN_CORNERS: tl.constexpr,
-    SHAPES_IN_MEMORY: tl.constexpr,
-    XY_IN_ONE_WORD: tl.constexpr,
-    ROWS: tl.constexpr,
-    COPIES: tl.constexpr,
-    SORTED: tl.constexpr,
-):
-    pid_n, offs_row, mask_row = _rows(num_images, num_queries, NUM_HEADS, ROWS)
-    image = pid_n.to(tl.int64)
-    point_ptr += image * num_queries * (NUM_HEADS * NUM_SAMPLES * 2)
-    weight_ptr += image * num_queries * (NUM_HEADS * NUM_SAMPLES)
-    rank_ptr += image * num_queries * (NUM_HEADS * NUM_SAMPLES)
-    mask_point = mask_row
-    if SHAPES_IN_MEMORY:
-        fit = shapes_fit(shapes, num_pixels, NUM_LEVELS)
-        mask_point = offs_row // NUM_HEADS < tl.where(fit, num_queries, 0)
-    if REFERENCE_SIZE > 0:
-        reference_ptr += image * num_queries * (REFERENCE_LEVELS * REFERENCE_SIZE)
-        offs = tl.reshape(offs_row, (ROWS,))
-        peak, total = softmax_parts(
-            weight_ptr, offs * NUM_SAMPLES, offs // NUM_HEADS < num_queries, tl.float32, NUM_SAMPLES
-        )
-        peak = peak[:, None]
-        total = total[:, None]
-    first_bin = (pid_n * NUM_HEADS + offs_row % NUM_HEADS) * num_bins
-    offs_copy = ((offs_row // NUM_HEADS) % COPIES) * (num_images * NUM_HEADS * num_bins)
-    for level in tl.static_range(NUM_LEVELS):
-        if NUM_POINTS[level] > 0:
-            offs_k, mask_k, bins, x, y, counts, first_bin = _bins(
-                shapes, point_ptr, reference_ptr, offs_row, mask_row, mask_point, level, first_bin,
-                NUM_HEADS, NUM_SAMPLES, NUM_POINTS, FIRST_POINT, REFERENCE_SIZE, REFERENCE_LEVELS,
-                BORDER, ALIGN_CORNERS, SHAPES_IN_MEMORY, XY_IN_ONE_WORD,
-            )  # fmt: skip
-            weight = tl.load(weight_ptr + offs_k, mask=mask_k, other=0).to(tl.float32)
-            if REFERENCE_SIZE > 0:
-                weight = tl.exp(weight - peak) / total
-            place = tl.load(rank_ptr + offs_k, mask=counts, other=0)
-            if not SORTED:
-                place += tl.load(start_ptr + offs_copy + bins, mask=counts, other=0)
-            query = tl.broadcast_to(offs_row // NUM_HEADS, x.shape)
-            # One store of 16 bytes a sample: x, y and the weight lie beside the query.
-            pair = tl.join(query, y.to(tl.int32, bitcast=True))
-            other = tl.join(x.to(tl.int32, bitcast=True), weight.to(tl.int32, bitcast=True))
-            record = tl.reshape(tl.join(pair, other), (x.shape[0], x.shape[1], 4))
-            record_ptrs = record_ptr + (place.to(tl.int64) * 4)[:, :, None] + tl.arange(0, 4)[None, None, :]
-            tl.store(record_ptrs, record, mask=tl.broadcast_to(counts[:, :, None], record.shape))
-        else:
-            height, width = level_shape(shapes, level, SHAPES_IN_MEMORY)
-            _bins_x, level_bins = _level_bins(height, width)
-            first_bin += level_bins
+@triton.jit(do_not_specialize=["count"])
+def _invert_kernel(place_ptr, order_ptr, count, BLOCK: tl.constexpr):
+    """place[order[i]] = i, of int32 and int64."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < count
+    tl.store(place_ptr + tl.load(order_ptr + offs, mask=mask, other=0), offs, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_pixels", "num_programs"])
@@ -314,8 +126,6 @@ def _tile_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,  # of products of float32
-    SPLIT: tl.constexpr,  # factors of halves as a sum of two halves
     PARTIAL: tl.constexpr,
 ):
     offs_d = tl.arange(0, BLOCK_D)
@@ -336,22 +146,15 @@ def _tile_kernel(
         rows = grad_output_ptr + (image * num_queries * NUM_HEADS + head) * HEAD_DIM
         acc = tl.zeros([16, BLOCK_D], dtype=tl.float32)
         for first in tl.range(0, count, BLOCK_K, num_stages=STAGES):
-            offs_k = first + tl.arange(0, BLOCK_K)
-            mask_k = offs_k < count
-            # One load of 16 bytes a record.
-            offs_word = offs_k[:, None] * 4 + tl.arange(0, 4)[None, :]
-            words = tl.load(records + offs_word, mask=tl.broadcast_to(mask_k[:, None], offs_word.shape), other=0)
-            pair, other = tl.split(tl.reshape(words, (BLOCK_K, 2, 2)))
-            query, y = tl.split(pair)
-            x, weight = tl.split(other)
-            grad = tl.load(
-                rows + (query * (NUM_HEADS * HEAD_DIM))[:, None] + offs_d[None, :],
-                mask=mask_k[:, None] & mask_d[None, :], other=0,
-            )  # [BLOCK_K, BLOCK_D]  # fmt: skip
-            x = x.to(tl.float32, bitcast=True)
-            y = y.to(tl.float32, bitcast=True)
-            weight = weight.to(tl.float32, bitcast=True)
-            acc = _add_product(acc, x, y, weight, grad, column, row, PRECISION, SPLIT)
+            query, x, y, weight, mask_k = _load_records(records, first, count, BLOCK_K)
+            grad_ptrs = rows + (query * (NUM_HEADS * HEAD_DIM))[:, None] + offs_d[None, :]  # [BLOCK_K, BLOCK_D]
+            grad = tl.load(grad_ptrs, mask=mask_k[:, None] & mask_d[None, :], other=0)
+            acc = _add_product(acc, x, y, weight, grad, column, row)
+        if tl.sum(acc * 0) != 0:  # NaN, where a sum is not finite
+            acc = _add_one_by_one(
+                tl.zeros([16, BLOCK_D], dtype=tl.float32), records, rows, count, offs_d, mask_d, column, row,
+                NUM_HEADS * HEAD_DIM,
+            )  # fmt: skip
         if PARTIAL:
             partial_ptrs = grad_value_ptr + (image * 0 + item) * (16 * BLOCK_D)
             tl.store(partial_ptrs + offs_pixel[:, None] * BLOCK_D + offs_d[None, :], acc)
@@ -367,41 +170,70 @@ def _tile_kernel(
 
 
 @triton.jit
-def _add_product(acc, x, y, weight, grad, column, row, PRECISION: tl.constexpr, SPLIT: tl.constexpr):
+def _load_records(records, first, count, BLOCK_K: tl.constexpr):
+    """Queries, x, y and weights [BLOCK_K] of a bin's records from ``first`` on; behind the last one they are 0."""
+    offs_k = first + tl.arange(0, BLOCK_K)
+    offs_word = offs_k[:, None] * 4 + tl.arange(0, 4)[None, :]  # one load of 16 bytes a record
+    mask = tl.broadcast_to((offs_k < count)[:, None], offs_word.shape)
+    words = tl.load(records + offs_word, mask=mask, other=0)
+    pair, other = tl.split(tl.reshape(words, (BLOCK_K, 2, 2)))
+    query, y = tl.split(pair)
+    x, weight = tl.split(other)
+    weight = weight.to(tl.float32, bitcast=True)
+    return query, x.to(tl.float32, bitcast=True), y.to(tl.float32, bitcast=True), weight, offs_k < count
+
+
+@triton.jit
+def _factors(x, y, weight, column, row):
+    """The matrix [16, BLOCK_K]: how much of each record's gradient each pixel gets."""
+    factor = tl.maximum(1 - tl.abs(y[None, :] - row), 0.0) * weight[None, :]
+    return factor * tl.maximum(1 - tl.abs(x[None, :] - column), 0.0)
+
+
+@triton.jit
+def _add_product(acc, x, y, weight, grad, column, row):
     """``acc`` [16, BLOCK_D] and the sums over the records; x, y and weight [BLOCK_K], grad [BLOCK_K, BLOCK_D]."""
-    scale = 1.0
-    if grad.dtype == tl.float16:
-        # It holds neither the large nor the small weights of float32, so the largest becomes 1 to 2. A scale is kept
-        # away from where its reciprocal is not normal, and those that are not finite do not decide.
+    if grad.dtype == tl.float32:
+        # TF32 has eleven bits: what is beyond them makes two more products; that of both rests does not count.
+        factor = _factors(x, y, weight, column, row)
+        factor_high = (factor.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        grad_high = (grad.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        acc = tl.dot(factor - factor_high, grad_high, acc, input_precision="tf32")
+        acc = tl.dot(factor_high, grad - grad_high, acc, input_precision="tf32")
+        acc = tl.dot(factor_high, grad_high, acc, input_precision="tf32")
+    elif grad.dtype == tl.bfloat16:
+        factor = _factors(x, y, weight, column, row).to(tl.bfloat16)
+        if INTERPRETED:  # it multiplies the bits of bfloat16
+            acc = tl.dot(factor.to(tl.float32), grad.to(tl.float32), acc)
+        else:
+            acc = tl.dot(factor, grad, acc)
+    else:
+        # float16 holds neither the large nor the small weights of float32, so the largest becomes 1 to 2. A scale is
+        # kept away from where its reciprocal is not normal, and those that are not finite do not decide.
         exponent = weight.to(tl.int32, bitcast=True) & 0x7F800000
         exponent = tl.max(tl.where(exponent == 0x7F800000, 0, exponent))
         exponent = tl.minimum(tl.maximum(exponent, 0x02000000), 0x7E000000)
-        scale = exponent.to(tl.float32, bitcast=True)
         weight = weight * (0x7F000000 - exponent).to(tl.float32, bitcast=True)
-    factor = tl.maximum(1 - tl.abs(y[None, :] - row), 0.0) * weight[None, :]
-    factor = factor * tl.maximum(1 - tl.abs(x[None, :] - column), 0.0)  # [16, BLOCK_K]
-    if grad.dtype == tl.float32:
-        acc = tl.dot(factor, grad, acc, input_precision=PRECISION)
-    else:
-        high = factor.to(grad.dtype)
-        low = (factor - high.to(tl.float32)).to(grad.dtype)
-        if INTERPRETED:  # it multiplies the bits of bfloat16
-            high = high.to(tl.float32)
-            low = low.to(tl.float32)
-            grad = grad.to(tl.float32)
-        if grad.dtype == tl.float16 or INTERPRETED:
-            product = tl.dot(high, grad)
-            if SPLIT:
-                product = tl.dot(low, grad, product)
-            acc += product * scale
-        else:
-            acc = tl.dot(high, grad, acc)
-            if SPLIT:
-                acc = tl.dot(low, grad, acc)
+        factor = _factors(x, y, weight, column, row).to(tl.float16)
+        acc += tl.dot(factor, grad) * exponent.to(tl.float32, bitcast=True)
     return acc
 
 
-@triton.jit(do_not_specialize=_SCALARS)
+@triton.jit
+def _add_one_by_one(acc, records, rows, count, offs_d, mask_d, column, row, STRIDE_QUERY: tl.constexpr):
+    """The same sums, where a product would spread what is not finite: a record adds to its four pixels only."""
+    for index in range(count):
+        query = tl.load(records + index * 4)
+        x = tl.load(records + index * 4 + 1).to(tl.float32, bitcast=True)
+        y = tl.load(records + index * 4 + 2).to(tl.float32, bitcast=True)
+        weight = tl.load(records + index * 4 + 3).to(tl.float32, bitcast=True)
+        grad = tl.load(rows + query * STRIDE_QUERY + offs_d, mask=mask_d, other=0).to(tl.float32)
+        hat = tl.maximum(1 - tl.abs(x - column), 0.0) * tl.maximum(1 - tl.abs(y - row), 0.0)
+        acc += tl.where(hat > 0, hat * weight * grad[None, :], 0.0)
+    return acc
+
+
+@triton.jit(do_not_specialize=SCALARS)
 def _gather_kernel(
     grad_value_ptr,  # [N, S, M, D] out, of any dtype
     partial_ptr,  # [items, 16, BLOCK_D] float32
@@ -439,14 +271,14 @@ def _gather_kernel(
     pixels = num_bins * 0
     for level in tl.static_range(NUM_LEVELS):
         height, width = level_shape(shapes, level, SHAPES_IN_MEMORY)
-        level_bins_x, level_bins = _level_bins(height, width)
+        level_bins_x, bins_here = level_bins(height, width)
         here = (offs_s >= pixels) & (offs_s < pixels + height * width)
         some_width = tl.maximum(width, 1)
         x = tl.where(here, (offs_s - pixels) % some_width, x)
         y = tl.where(here, (offs_s - pixels) // some_width, y)
         bins_x = tl.where(here, level_bins_x, bins_x)
         first_level_bin = tl.where(here, first_bin, first_level_bin)
-        first_bin += level_bins
+        first_bin += bins_here
         pixels += height * width
     acc = tl.zeros([PIXELS, BLOCK_D], dtype=tl.float32)
     for corner in tl.static_range(4):

@@ -165,3 +165,61 @@ def locate(x, size, BORDER: tl.constexpr, NEAREST: tl.constexpr):
 def inside_corners(first, fraction, inside, next_inside):
     """Of what ``locate`` returns: the first pixel inside, its weight, the next one's weight, and if there is one."""
     return tl.maximum(first, 0), tl.where(inside, 1 - fraction, fraction), fraction, inside & next_inside
+
+
+@triton.jit
+def levels_of(shapes, NUM_LEVELS: tl.constexpr, SHAPES_IN_MEMORY: tl.constexpr):
+    """Height, width, first pixel and number of every level, a tuple each."""
+    heights = ()
+    widths = ()
+    starts = ()
+    levels = ()
+    start = 0
+    for level in tl.static_range(NUM_LEVELS):
+        height, width = level_shape(shapes, level, SHAPES_IN_MEMORY)
+        heights = heights + (height,)
+        widths = widths + (width,)
+        starts = starts + (start,)
+        levels = levels + (level,)
+        start += height * width
+    return heights, widths, starts, levels
+
+
+@triton.jit
+def of_sample(k, per_level, first: tl.constexpr, GROUP: tl.constexpr, FIRST_POINT: tl.constexpr):
+    """What the tuple ``per_level`` holds for samples ``k`` = first ... first + GROUP - 1."""
+    chosen = k * 0 + per_level[0]
+    for level in tl.static_range(1, len(FIRST_POINT)):
+        if FIRST_POINT[level] <= first:
+            chosen = k * 0 + per_level[level]
+        else:
+            if FIRST_POINT[level] < first + GROUP:
+                chosen = tl.where(k >= FIRST_POINT[level], per_level[level], chosen)
+    return chosen
+
+
+@triton.jit
+def affine_of_sample(
+    reference_ptr, mask_row, height, width, num_points, ALIGN_CORNERS: tl.constexpr, REFERENCE_SIZE: tl.constexpr
+):
+    """``affine`` for both axes, where the level is a matter of the lane: scales and centers, x first.
+
+    ``reference_ptr`` points to the reference point of each sample.
+    """
+    pixels_x = (width - 1).to(tl.float32) if ALIGN_CORNERS else width.to(tl.float32)
+    pixels_y = (height - 1).to(tl.float32) if ALIGN_CORNERS else height.to(tl.float32)
+    scale_x = pixels_x
+    scale_y = pixels_y
+    center_x = pixels_x * 0 - (0.0 if ALIGN_CORNERS else 0.5)
+    center_y = center_x
+    if REFERENCE_SIZE > 0:
+        center_x += tl.load(reference_ptr, mask=mask_row, other=0).to(tl.float32) * pixels_x
+        center_y += tl.load(reference_ptr + 1, mask=mask_row, other=0).to(tl.float32) * pixels_y
+    if REFERENCE_SIZE == 2:
+        scale_x = pixels_x / tl.maximum(width, 1).to(tl.float32)
+        scale_y = pixels_y / tl.maximum(height, 1).to(tl.float32)
+    if REFERENCE_SIZE == 4:
+        half_per_point = 0.5 / num_points.to(tl.float32)
+        scale_x = tl.load(reference_ptr + 2, mask=mask_row, other=0).to(tl.float32) * (pixels_x * half_per_point)
+        scale_y = tl.load(reference_ptr + 3, mask=mask_row, other=0).to(tl.float32) * (pixels_y * half_per_point)
+    return scale_x, center_x, scale_y, center_y

@@ -10,7 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from visionkernels.ops.deformable_attention.sampling import load_xy, rows_of, shapes_fit, store_xy
+from visionkernels.ops.deformable_attention.sampling import (
+    affine_of_sample,
+    levels_of,
+    load_xy,
+    of_sample,
+    rows_of,
+    shapes_fit,
+    store_xy,
+)
 from visionkernels.ops.deformable_attention.warp import (
     dot_add,
     lanes_max,
@@ -21,13 +29,10 @@ from visionkernels.ops.deformable_attention.warp import (
     unpack,
 )
 from visionkernels.ops.deformable_attention.warp_samples import (
-    affine_of_sample,
     axis_of_sample,
     corners_that_count,
     lane_address,
-    levels_of,
     load_corners,
-    of_sample,
 )
 
 

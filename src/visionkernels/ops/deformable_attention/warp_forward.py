@@ -11,7 +11,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from visionkernels.ops.deformable_attention.sampling import load_xy, rows_of, shapes_fit
+from visionkernels.ops.deformable_attention.sampling import (
+    affine_of_sample,
+    levels_of,
+    load_xy,
+    of_sample,
+    rows_of,
+    shapes_fit,
+)
 from visionkernels.ops.deformable_attention.warp import (
     lanes_max,
     lanes_sum,
@@ -22,13 +29,10 @@ from visionkernels.ops.deformable_attention.warp import (
     store_words,
 )
 from visionkernels.ops.deformable_attention.warp_samples import (
-    affine_of_sample,
     axis_of_sample,
     corners_that_count,
     lane_address,
-    levels_of,
     load_corners,
-    of_sample,
 )
 
 
