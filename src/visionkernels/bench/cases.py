@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +27,8 @@ class Case:
         head_dim: D.
         num_points: P of every level, or one number for each level.
         boxes: The references are boxes (cx, cy, w, h) instead of points.
-        quick: Small enough for ``--quick`` on a CPU.
-        standard: Measured when no case is named.
+        tags: Where it is measured if no case is named: ``gpu``, ``cpu``, or ``quick`` for ``--quick``. A case with
+            ``headline`` stands in the README, and gets every dtype and the peers that are slow to start.
 
     Example:
         >>> CASES["rtdetr-decoder"].pixels
@@ -43,8 +44,7 @@ class Case:
     head_dim: int = 32
     num_points: int | tuple[int, ...] = 4
     boxes: bool = False
-    quick: bool = False
-    standard: bool = False
+    tags: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Case:
@@ -52,6 +52,7 @@ class Case:
         tuples = {
             "levels": tuple((h, w) for h, w in fields["levels"]),
             "num_points": points if isinstance(points := fields["num_points"], int) else tuple(points),
+            "tags": tuple(fields["tags"]),
         }
         return cls(**{**fields, **tuples})
 
@@ -83,38 +84,69 @@ _SMALL = ((50, 67), (25, 34), (13, 17), (7, 9))
 _RTDETR = ((80, 80), (40, 40), (20, 20))
 _BEVFORMER = ((116, 200), (58, 100), (29, 50), (15, 25))
 _MASK2FORMER = ((32, 32), (64, 64), (128, 128))
+_GPU, _HEADLINE, _EVERYWHERE = ("gpu",), ("gpu", "headline"), ("gpu", "headline", "cpu", "quick")
 
-CASES = {
-    case.name: case
-    for case in (
-        Case("encoder-n4", "Deformable DETR encoder, 800×1066", 4, _DETR, None, standard=True),
-        Case("encoder-n1", "Deformable DETR encoder, 800×1066", 1, _DETR, None),
-        Case("encoder-small", "Deformable DETR encoder, 400×533", 1, _SMALL, None, quick=True),
-        Case("decoder-n4", "Deformable DETR / DINO decoder", 4, _DETR, 900, standard=True),
-        Case("decoder-n1", "Deformable DETR decoder", 1, _DETR, 300, quick=True, standard=True),
-        Case("rtdetr-n1", "RT-DETR decoder", 1, _RTDETR, 300, boxes=True, quick=True, standard=True),
-        Case("rtdetr-n8", "RT-DETR decoder", 8, _RTDETR, 300, boxes=True),
-        Case(
-            "rfdetr-n1",
-            "RF-DETR decoder",
-            1,
-            ((36, 36),),
-            300,
-            16,
-            16,
-            2,
-            boxes=True,
-            quick=True,
-            standard=True,
-        ),
-        Case("rfdetr-train", "RF-DETR decoder in training", 4, ((36, 36),), 3900, 16, 16, 2, boxes=True),
-        Case("dfine-n1", "D-FINE decoder", 1, _RTDETR, 300, num_points=(3, 6, 3), boxes=True),
-        Case("dino-5scale", "DINO 5-scale encoder", 1, ((200, 334), *_DETR), None),
-        Case("mask2former", "Mask2Former pixel decoder", 1, _MASK2FORMER, None),
-        Case("bevformer", "BEVFormer spatial cross-attention", 6, _BEVFORMER, 40000, num_points=8),
-        Case("vit-adapter", "ViT-Adapter extractor", 2, ((64, 64), (32, 32), (16, 16)), 1024, 12, 64),
-    )
+_WORKLOADS = (
+    Case("encoder-n4", "Deformable DETR encoder, 800×1066", 4, _DETR, None, tags=_HEADLINE),
+    Case("encoder-n1", "Deformable DETR encoder, 800×1066", 1, _DETR, None, tags=("headline", "cpu")),
+    Case("encoder-small", "Deformable DETR encoder, 400×533", 1, _SMALL, None, tags=("headline", "quick")),
+    Case("decoder-n4", "Deformable DETR / DINO decoder", 4, _DETR, 900, tags=_HEADLINE),
+    Case("decoder-n1", "Deformable DETR decoder", 1, _DETR, 300, tags=_EVERYWHERE),
+    Case("rtdetr-n1", "RT-DETR decoder", 1, _RTDETR, 300, boxes=True, tags=_EVERYWHERE),
+    Case("rtdetr-n8", "RT-DETR decoder", 8, _RTDETR, 300, boxes=True, tags=_GPU),
+    Case("rtdetr-train", "RT-DETR decoder with denoising", 8, _RTDETR, 500, boxes=True, tags=_GPU),
+    Case("dfine-n1", "D-FINE decoder", 1, _RTDETR, 300, num_points=(3, 6, 3), boxes=True, tags=("gpu", "quick")),
+    Case("dfine-nano-n8", "D-FINE nano decoder", 8, _RTDETR[1:], 300, 8, 16, (6, 6), boxes=True, tags=_GPU),
+    Case("rfdetr-n1", "RF-DETR decoder", 1, ((36, 36),), 300, 16, 16, 2, boxes=True, tags=_EVERYWHERE),
+    Case("rfdetr-train", "RF-DETR decoder in training", 4, ((44, 44),), 3900, 16, 16, 2, boxes=True, tags=_GPU),
+    Case("dino-5scale", "DINO 5-scale encoder", 1, ((200, 334), *_DETR), None, tags=_GPU),
+    Case("mask2former", "Mask2Former pixel decoder", 4, _MASK2FORMER, None, tags=_GPU),
+    Case("bevformer", "BEVFormer spatial cross-attention", 6, _BEVFORMER, 40000, num_points=8, tags=_GPU),
+    Case("vit-adapter", "ViT-Adapter extractor", 2, ((64, 64), (32, 32), (16, 16)), 1024, 12, tags=_GPU),
+    Case("heads12-dim64", "ViT-Adapter extractor, wide heads", 2, ((64, 64), (32, 32), (16, 16)), 1024, 12, 64, tags=_GPU),
+)  # fmt: skip
+
+
+def _queries(count: int, batch: int, levels: tuple[tuple[int, int], ...], tag: str) -> Case:
+    return Case(f"queries-{count}-n{batch}", f"{count} queries", batch, levels, count, tags=("headline", tag))
+
+
+_QUERIES = (
+    *(_queries(count, 4, _DETR, "gpu") for count in (100, 300, 1000, 3000, 10000, 17821)),
+    *(_queries(count, 1, _DETR, "cpu") for count in (100, 300, 1000, 3000, 10000)),
+    *(_queries(count, 1, _SMALL, "quick") for count in (50, 200, 800)),
+)
+_MODULES = tuple(case for case in _WORKLOADS if case.name in ("encoder-n4", "encoder-n1", "encoder-small"))
+
+SUITES: dict[str, dict[str, Case]] = {
+    suite: {case.name: case for case in cases}
+    for suite, cases in (("msda", _WORKLOADS), ("msda-module", _MODULES), ("msda-queries", _QUERIES))
 }
+CASES = SUITES["msda"]
+
+
+def default_cases(suite: str, device_type: str, quick: bool) -> list[Case]:
+    """The cases of a suite that are measured when none is named.
+
+    Args:
+        suite: A key of ``SUITES``.
+        device_type: ``"cuda"`` or ``"cpu"``.
+        quick: Whether it is a quick run.
+
+    Example:
+        >>> [case.name for case in default_cases("msda-module", "cpu", quick=True)]
+        ['encoder-small']
+    """
+    tag = "quick" if quick else "gpu" if device_type == "cuda" else "cpu"
+    return [case for case in SUITES[suite].values() if tag in case.tags]
+
+
+class Geometry(NamedTuple):
+    """Where the pixels of the levels are, and where the queries look."""
+
+    spatial_shapes: Tensor  # [L, 2] int64
+    level_start_index: Tensor  # [L] int64
+    reference_points: Tensor  # [N, Lq, L, 2 or 4], float32 (float64 for float64)
 
 
 class Inputs(NamedTuple):
@@ -124,14 +156,19 @@ class Inputs(NamedTuple):
     the same without the last axis.
     """
 
+    geometry: Geometry
     value: Tensor  # [N, S, M, D], the dtype
-    spatial_shapes: Tensor  # [L, 2] int64
-    level_start_index: Tensor  # [L] int64
-    reference_points: Tensor  # [N, Lq, L, 2 or 4], float32 (float64 for float64)
     sampling_offsets: Tensor  # [N, Lq, M, L, P, 2], the dtype
     attention_logits: Tensor  # [N, Lq, M, L, P], the dtype
     sampling_locations: Tensor  # as the offsets, float32 (float64)
     attention_weights: Tensor  # as the logits, float32 (float64)
+
+
+def geometry(case: Case, references: Tensor) -> Geometry:
+    """The geometry of a case with these references, on their device."""
+    shapes = torch.tensor(case.levels)
+    start = shapes.prod(1).cumsum(0) - shapes.prod(1)
+    return Geometry(shapes.to(references.device), start.to(references.device), references)
 
 
 def draw(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
@@ -149,18 +186,10 @@ def draw(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
     Returns:
         The inputs; none requires a gradient.
     """
-    generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    rows, heads = (case.batch, case.queries), case.num_heads
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    references = _references(case, generator).to(device, wide)
-    value = normal(case.batch, case.pixels, heads, case.head_dim).to(device, dtype)
-    offsets = normal(*rows, heads, sum(case.points), 2).add_(_directions(heads, case.points))
-    offsets = offsets.to(device, dtype)
-    logits = normal(*rows, heads, sum(case.points)).to(device, dtype)
+    numbers = _numbers(case)
+    references = numbers.references.to(device, wide)
+    value, offsets, logits = (tensor.to(device).to(dtype) for tensor in numbers[:3])
     weights = logits.to(wide).softmax(-1)
     repeats = torch.tensor(case.points, device=device)
     spread = references.repeat_interleave(repeats, 2)[:, :, None]  # [N, Lq, 1, sum P, 2 or 4]
@@ -173,12 +202,29 @@ def draw(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
         axis = (len(case.levels), case.points[0])
         offsets, locations = offsets.unflatten(3, axis), locations.unflatten(3, axis)
         logits, weights = logits.unflatten(3, axis), weights.unflatten(3, axis)
-    shapes = torch.tensor(case.levels)
-    start = shapes.prod(1).cumsum(0) - shapes.prod(1)
-    return Inputs(value, shapes.to(device), start.to(device), references, offsets, logits, locations, weights)
+    return Inputs(geometry(case, references), value, offsets, logits, locations, weights)
 
 
-def _references(case: Case, generator: torch.Generator) -> Tensor:
+class _Numbers(NamedTuple):
+    value: Tensor
+    offsets: Tensor
+    logits: Tensor
+    references: Tensor
+
+
+@lru_cache(maxsize=1)  # the dtypes of a case follow one another
+def _numbers(case: Case) -> _Numbers:
+    """What a case's inputs are rounded from: float32 on the CPU, points packed into one axis."""
+    generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
+    references = draw_references(case, generator)
+    value = torch.randn(case.batch, case.pixels, case.num_heads, case.head_dim, generator=generator)
+    samples = (case.batch, case.queries, case.num_heads, sum(case.points))
+    offsets = torch.randn(*samples, 2, generator=generator).add_(_directions(case.num_heads, case.points))
+    return _Numbers(value, offsets, torch.randn(*samples, generator=generator), references)
+
+
+def draw_references(case: Case, generator: torch.Generator) -> Tensor:
+    """``[N, Lq, L, 2 or 4]``: the pixel centres in an encoder, random points or boxes in a decoder."""
     if case.num_queries is None:
         grids = [
             torch.stack(torch.meshgrid((torch.arange(w) + 0.5) / w, (torch.arange(h) + 0.5) / h, indexing="xy"), -1)

@@ -14,8 +14,8 @@ from visionkernels.ops.deformable_attention.reference import (
     reference_ms_deform_attn,
 )
 
-_QUERIES = 1000  # checked in the forward, first and last among them
-_GRADIENT_QUERIES = 100
+QUERIES = 1000  # checked in the forward, first and last among them
+GRADIENT_QUERIES = 100
 
 
 def limit(dtype: torch.dtype) -> float:
@@ -26,6 +26,11 @@ def limit(dtype: torch.dtype) -> float:
         1e-05
     """
     return 1e-12 if dtype == torch.float64 else max(torch.finfo(dtype).eps, 1e-5)
+
+
+def checked_queries(case: Case, most: int, device: torch.device) -> Tensor:
+    """Indices of at most so many queries, evenly spread, first and last among them."""
+    return torch.linspace(0, case.queries - 1, min(case.queries, most), device=device).long()
 
 
 class Truth:
@@ -42,9 +47,9 @@ class Truth:
     def __init__(self, case: Case, inputs: Inputs) -> None:
         self._case, self._inputs = case, inputs
         device = inputs.value.device
-        self._queries = torch.linspace(0, case.queries - 1, min(case.queries, _QUERIES), device=device).long()
-        count = min(case.queries, _GRADIENT_QUERIES)
-        self._gradient_queries = torch.linspace(0, case.queries - 1, count, device=device).long()
+        self._queries = checked_queries(case, QUERIES, device)
+        self._gradient_queries = checked_queries(case, GRADIENT_QUERIES, device)
+        count = len(self._gradient_queries)
         generator = torch.Generator().manual_seed(0)
         width = case.num_heads * case.head_dim
         self._grad_output = torch.randn(case.batch, count, width, generator=generator).to(device, inputs.value.dtype)
@@ -53,17 +58,17 @@ class Truth:
 
     def forward_error(self, output: Tensor, fused: bool) -> float:
         """Relative error (2-norm) of an output ``[N, Lq, M * D]``."""
-        return _relative(output[:, self._queries], self._output(fused))
+        return relative(output[:, self._queries], self._output(fused))
 
     def backward_error(self, call: Call, fused: bool) -> float:
         """Relative error of the gradients for an output gradient that is 0 but at the checked queries."""
         output = call.forward()
         grad_output = torch.zeros(output.shape, dtype=output.dtype, device=output.device)
         grad_output[:, self._gradient_queries] = self._grad_output.to(output.dtype)
-        grad_value, grad_weights = torch.autograd.grad(output, (call.value, call.weights), grad_output)
+        gradients = torch.autograd.grad(output, call.leaves, grad_output)
         expected_value, expected_weights = self._gradient(fused)
-        grad_weights = grad_weights[:, self._gradient_queries].reshape(expected_weights.shape)
-        return max(_relative(grad_value, expected_value), _relative(grad_weights, expected_weights))
+        grad_weights = call.unpack(gradients[-1])[:, self._gradient_queries].reshape(expected_weights.shape)
+        return max(relative(gradients[0], expected_value), relative(grad_weights, expected_weights))
 
     def _output(self, fused: bool) -> Tensor:
         if fused not in self._outputs:
@@ -86,12 +91,17 @@ class Truth:
             locations = inputs.sampling_locations[:, queries].double()
             return reference_ms_deform_attn(value, levels, locations, weights, points), value, weights
         logits = inputs.attention_logits[:, queries].double().requires_grad_()
-        references, offsets = inputs.reference_points[:, queries], inputs.sampling_offsets[:, queries]
+        references, offsets = inputs.geometry.reference_points[:, queries], inputs.sampling_offsets[:, queries]
         output = reference_fused_ms_deform_attn(value, levels, references.double(), offsets.double(), logits, points)
         return output, value, logits
 
 
-def _relative(found: Tensor, expected: Tensor) -> float:
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Relative error in the 2-norm.
+
+    Raises:
+        FloatingPointError: If it is NaN or infinite.
+    """
     error = ((found.double() - expected).norm() / expected.norm()).item()
     if not math.isfinite(error):
         raise FloatingPointError(f"the result holds NaN or infinity where float64 does not (error {error})")

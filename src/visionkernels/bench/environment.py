@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import shutil
 import subprocess
@@ -27,7 +28,7 @@ def environment(device: torch.device, packages: Sequence[str]) -> Environment:
         "visionkernels": visionkernels.__version__,
         "python": platform.python_version(),
     }
-    versions |= {name: _version(name) for name in ("torch", "triton", *packages)}
+    versions |= {name: _version(name) for name in dict.fromkeys(("torch", "triton", "transformers", *packages))}
     on_gpu = device.type == "cuda"
     return Environment(
         device=torch.cuda.get_device_name(device) if on_gpu else _processor(),
@@ -57,10 +58,11 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
+    """From git, or from VISIONKERNELS_COMMIT where the files travelled without it."""
     here = Path(__file__)
     git = ("git", "-C", str(here.parent))
     if _output(*git, "ls-files", here.name) is None:  # not from a checkout, or from somebody else's
-        return None
+        return os.environ.get("VISIONKERNELS_COMMIT") or None
     commit = _output(*git, "rev-parse", "HEAD")
     changed = _output(*git, "status", "--porcelain", "--untracked-files=no", "--", str(here.parents[1]))
     return commit if commit is None or changed is None else commit + "+"

@@ -1,13 +1,15 @@
-"""How long a call takes and how much memory: the only timing code."""
+"""How long a call takes, how much memory, and what the device could do: the only timing code."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import median
 
 import torch
+from torch import Tensor
 
 Clock = Callable[[], float]
 
@@ -15,6 +17,10 @@ _BATCH = 10  # calls queued behind one pause; more would fill the launch queue a
 _CYCLES_PER_SECOND = 2e9  # of a GPU, about; a slower clock makes a longer pause, which does no harm
 _LONGEST_PAUSE = 0.05  # seconds
 _HOST_CALLS = 20  # launched in a row before the GPU is waited for
+_GRAPH_CALLS = 20  # recorded into one CUDA graph
+_FLUSH_BYTES = 256 * 2**20  # several times the L2 cache of any GPU
+_COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}  # far beyond the caches
+_MATMUL_SIZE = {"cuda": 4096, "cpu": 1024}
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,9 @@ class Effort:
     host_calls: int
 
 
-FULL = Effort(seconds=0.5, least=7, most=1000, host_calls=400)
-QUICK = Effort(seconds=0.2, least=3, most=200, host_calls=200)
+GPU = Effort(seconds=0.1, least=5, most=1000, host_calls=200)
+CPU = Effort(seconds=0.5, least=7, most=1000, host_calls=0)
+QUICK = Effort(seconds=0.05, least=3, most=100, host_calls=100)
 
 
 @dataclass(frozen=True)
@@ -73,9 +80,7 @@ def summarize(seconds: list[float]) -> Timing:
 def time_calls(
     call: Callable[[], object], device: torch.device, effort: Effort, clock: Clock = time.perf_counter
 ) -> Timing:
-    """Time a call: on a GPU what it keeps the device busy, on the CPU what it takes.
-
-    The same inputs are used again and again, so caches are as warm as they get.
+    """Time a call: on a GPU what it keeps the device busy, from an L2 cache without its inputs; on the CPU what it takes.
 
     Args:
         call: Makes one call; nothing in it should wait for the device.
@@ -100,10 +105,12 @@ def time_calls(
 
 
 def _time_cuda(call: Callable[[], object], device: torch.device, effort: Effort, clock: Clock) -> Timing:
+    flush = _flush_buffer(device).zero_
     call()  # compiles and tunes
     torch.cuda.synchronize(device)
     start = clock()
     for _ in range(3):
+        flush()
         call()
     host = (clock() - start) / 3
     torch.cuda.synchronize(device)
@@ -115,10 +122,11 @@ def _time_cuda(call: Callable[[], object], device: torch.device, effort: Effort,
     while len(times) < repetitions:
         # The GPU waits until the host has queued every call, so that no event waits for the host.
         pause = min(_LONGEST_PAUSE, 1e-4 + 2 * _BATCH * host)
-        events = [_event_pair() for _ in range(_BATCH)]
+        events = [_event_pair() for _ in range(min(_BATCH, repetitions - len(times)))]
         torch.cuda.synchronize(device)
         torch.cuda._sleep(int(pause * _CYCLES_PER_SECOND))
         for begin, end in events:
+            flush()
             begin.record()
             call()
             end.record()
@@ -127,8 +135,39 @@ def _time_cuda(call: Callable[[], object], device: torch.device, effort: Effort,
     return summarize(times)
 
 
+@lru_cache(maxsize=1)
+def _flush_buffer(device: torch.device) -> Tensor:
+    """What is written between two calls, so that the second finds nothing of the first in the L2 cache."""
+    return torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+
+
 def _event_pair() -> tuple[torch.cuda.Event, torch.cuda.Event]:
     return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+
+def time_graph(call: Callable[[], object], device: torch.device, effort: Effort) -> Timing:
+    """Time a call replayed from a CUDA graph, one right after the other: no host, and an L2 cache as warm as it gets.
+
+    Args:
+        call: Makes one call, warmed up already; run it under ``torch.no_grad()``.
+        device: A GPU.
+        effort: How long to measure.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_GRAPH_CALLS):
+            call()
+    times: list[float] = []
+    spent = 0.0
+    while len(times) < effort.least or (spent < effort.seconds / 2 and len(times) < effort.most):
+        begin, end = _event_pair()
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize(device)
+        spent += begin.elapsed_time(end) / 1e3
+        times.append(begin.elapsed_time(end) / 1e3 / _GRAPH_CALLS)
+    return summarize(times[1:])  # the first replay uploads the graph
 
 
 def host_microseconds(
@@ -167,3 +206,27 @@ def peak_megabytes(call: Callable[[], object], device: torch.device) -> float:
     call()
     torch.cuda.synchronize(device)
     return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+
+
+@dataclass(frozen=True)
+class Roofs:
+    """What the device reaches on plain work, measured in the same run.
+
+    Attributes:
+        gigabytes_per_second: Of a copy beyond the caches, bytes read and written.
+        gigaflops: Of a float32 matrix product without TF32.
+    """
+
+    gigabytes_per_second: float
+    gigaflops: float
+
+
+def roofs(device: torch.device, effort: Effort) -> Roofs:
+    """Measure the roofs of a device."""
+    source = torch.zeros(_COPY_BYTES[device.type], dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    copy = time_calls(lambda: target.copy_(source), device, effort).median
+    size = _MATMUL_SIZE[device.type]
+    matrix = torch.randn(size, size, device=device)
+    product = time_calls(lambda: matrix @ matrix, device, effort).median
+    return Roofs(round(2 * source.numel() / copy / 1e6, 3), round(2 * size**3 / product / 1e6, 3))
