@@ -30,8 +30,14 @@ examples:
 
 _BENCH_HELP = """\
 Measure the operators beside their peers, in one run: first how far a result is from float64, then the time
-of forward, backward and both, the time a call costs the host, and the memory. Peers are PyTorch's grid_sample
-and, where they can be imported, the extension of Deformable-DETR and msda-triton.
+of forward, backward and both, the time a call costs the host, the memory, and the share of the device's
+copy bandwidth. Peers are PyTorch's grid_sample, the same under torch.compile, what transformers runs, and,
+where they can be imported, the extension of Deformable-DETR, msda-triton, mmcv and DCNv4.
+
+suites:
+  msda                the operator alone, on the workloads of known models
+  msda-module         a whole attention module, forward and backward: time and memory
+  msda-queries        the operator over a growing number of queries
 
 Ends with exit code 1 if a result of this package's is wrong.
 """
@@ -39,9 +45,10 @@ Ends with exit code 1 if a result of this package's is wrong.
 _BENCH_EXAMPLES = """\
 examples:
   visionkernels bench --quick                          under a minute, on a CPU too
-  visionkernels bench --dtype fp16 fp32 --save         the usual cases, into benchmarks/results
-  visionkernels bench --case encoder-n4 decoder-n1 --against grid_sample
-  visionkernels bench --case all                       every case; a name that is none gets the list
+  visionkernels bench --save                           every suite, into benchmarks/results
+  visionkernels bench --suite msda --case encoder-n4 decoder-n1 --dtype fp16 --against grid_sample
+  visionkernels bench --list                           the cases and the providers
+  visionkernels bench --plot benchmarks/results/*.json plots of results, measured here or elsewhere
 """
 
 
@@ -110,16 +117,16 @@ def _add_bench(subparsers: "argparse._SubParsersAction[_Parser]") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    job.add_argument(
-        "--suite", metavar="NAME", default="msda", help="which operators (default and only one: %(default)s)"
-    )
+    job.add_argument("--suite", metavar="NAME", nargs="+", help="what to measure (default: all suites)")
     job.add_argument(
         "--dtype",
         metavar="T",
         nargs="+",
-        help="of fp64, fp32, fp16, bf16 (default: fp16 bf16 fp32, on a CPU fp32)",
+        help="of fp64, fp32, fp16, bf16 (default: fp16 fp32, of the main cases bf16 too; on a CPU fp32)",
     )
-    job.add_argument("--against", metavar="PROVIDER", nargs="*", help="peers (default: those that can be imported)")
+    job.add_argument(
+        "--against", metavar="PROVIDER", nargs="*", help="peers (default: those that can be imported; nothing: none)"
+    )
     job.add_argument("--case", metavar="NAME", nargs="+", help="workloads, or all (default: the usual ones)")
     job.add_argument("--quick", action="store_true", help="small cases, and a shorter time for each figure")
     job.add_argument(
@@ -128,15 +135,32 @@ def _add_bench(subparsers: "argparse._SubParsersAction[_Parser]") -> None:
         nargs="?",
         type=Path,
         const=Path("benchmarks/results"),
-        help="write the results as JSON into this directory (default: %(const)s)",
+        help="write a result file for each suite into this directory, anew after each case (default: %(const)s)",
     )
     job.add_argument("--device", metavar="D", help="cpu, cuda or cuda:1 (default: a GPU if there is one)")
+    job.add_argument("--list", action="store_true", help="print the cases and the providers, and measure nothing")
+    job.add_argument(
+        "--plot",
+        metavar="FILE",
+        nargs="+",
+        type=Path,
+        help="plot these result files as PNG and SVG, beside them or into --save DIR, and measure nothing",
+    )
     job.set_defaults(run=_run_bench)
 
 
 def _run_bench(args: argparse.Namespace) -> int:
     from visionkernels.bench import run
 
+    if args.list:
+        print(run.listing())
+        return 0
+    if args.plot:
+        from visionkernels.bench import plots
+
+        for path in plots.draw_files(args.plot, args.save):
+            print(path)
+        return 0
     return run.run(run.Options(args.suite, args.dtype, args.against, args.case, args.quick, args.save, args.device))
 
 

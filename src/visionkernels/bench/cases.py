@@ -28,7 +28,8 @@ class Case:
         num_points: P of every level, or one number for each level.
         boxes: The references are boxes (cx, cy, w, h) instead of points.
         tags: Where it is measured if no case is named: ``gpu``, ``cpu``, or ``quick`` for ``--quick``. A case with
-            ``headline`` stands in the README, and gets every dtype and the peers that are slow to start.
+            ``headline`` stands in the README and is measured in bf16 too; one with ``slow`` also with the peers that
+            are slow to start.
 
     Example:
         >>> CASES["rtdetr-decoder"].pixels
@@ -84,19 +85,19 @@ _SMALL = ((50, 67), (25, 34), (13, 17), (7, 9))
 _RTDETR = ((80, 80), (40, 40), (20, 20))
 _BEVFORMER = ((116, 200), (58, 100), (29, 50), (15, 25))
 _MASK2FORMER = ((32, 32), (64, 64), (128, 128))
-_GPU, _HEADLINE, _EVERYWHERE = ("gpu",), ("gpu", "headline"), ("gpu", "headline", "cpu", "quick")
+_GPU, _EVERYWHERE = ("gpu",), ("gpu", "headline", "cpu", "quick")
 
 _WORKLOADS = (
-    Case("encoder-n4", "Deformable DETR encoder, 800×1066", 4, _DETR, None, tags=_HEADLINE),
-    Case("encoder-n1", "Deformable DETR encoder, 800×1066", 1, _DETR, None, tags=("headline", "cpu")),
-    Case("encoder-small", "Deformable DETR encoder, 400×533", 1, _SMALL, None, tags=("headline", "quick")),
-    Case("decoder-n4", "Deformable DETR / DINO decoder", 4, _DETR, 900, tags=_HEADLINE),
+    Case("encoder-n4", "Deformable DETR encoder, 800×1066", 4, _DETR, None, tags=("gpu", "headline", "slow")),
+    Case("encoder-n1", "Deformable DETR encoder, 800×1066", 1, _DETR, None, tags=("headline", "cpu", "slow")),
+    Case("encoder-small", "Deformable DETR encoder, 400×533", 1, _SMALL, None, tags=("headline", "quick", "slow")),
+    Case("decoder-n4", "Deformable DETR / DINO decoder", 4, _DETR, 900, tags=("gpu", "headline")),
     Case("decoder-n1", "Deformable DETR decoder", 1, _DETR, 300, tags=_EVERYWHERE),
-    Case("rtdetr-n1", "RT-DETR decoder", 1, _RTDETR, 300, boxes=True, tags=_EVERYWHERE),
+    Case("rtdetr-n1", "RT-DETR decoder", 1, _RTDETR, 300, boxes=True, tags=(*_EVERYWHERE, "slow")),
     Case("rtdetr-n8", "RT-DETR decoder", 8, _RTDETR, 300, boxes=True, tags=_GPU),
     Case("rtdetr-train", "RT-DETR decoder with denoising", 8, _RTDETR, 500, boxes=True, tags=_GPU),
     Case("dfine-n1", "D-FINE decoder", 1, _RTDETR, 300, num_points=(3, 6, 3), boxes=True, tags=("gpu", "quick")),
-    Case("dfine-nano-n8", "D-FINE nano decoder", 8, _RTDETR[1:], 300, 8, 16, (6, 6), boxes=True, tags=_GPU),
+    Case("dfine-nano-n8", "D-FINE nano decoder", 8, _RTDETR[1:], 300, 8, 16, 6, boxes=True, tags=_GPU),
     Case("rfdetr-n1", "RF-DETR decoder", 1, ((36, 36),), 300, 16, 16, 2, boxes=True, tags=_EVERYWHERE),
     Case("rfdetr-train", "RF-DETR decoder in training", 4, ((44, 44),), 3900, 16, 16, 2, boxes=True, tags=_GPU),
     Case("dino-5scale", "DINO 5-scale encoder", 1, ((200, 334), *_DETR), None, tags=_GPU),
@@ -108,7 +109,7 @@ _WORKLOADS = (
 
 
 def _queries(count: int, batch: int, levels: tuple[tuple[int, int], ...], tag: str) -> Case:
-    return Case(f"queries-{count}-n{batch}", f"{count} queries", batch, levels, count, tags=("headline", tag))
+    return Case(f"queries-{count}-n{batch}", f"{count} queries", batch, levels, count, tags=(tag,))
 
 
 _QUERIES = (

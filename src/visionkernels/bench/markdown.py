@@ -1,0 +1,154 @@
+"""The tables of the README and of docs/benchmarks.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from visionkernels.bench.record import Record, Row
+from visionkernels.bench.timing import Timing
+from visionkernels.bench.wording import (
+    STAGES,
+    WRONG,
+    Duel,
+    caption,
+    describe,
+    duels,
+    error,
+    method,
+    number,
+    percent,
+    ratio,
+    remarks,
+    sizes,
+    stage_time,
+)
+
+
+def summary(record: Record) -> str:
+    """The few lines of a record for the README: its headline cases, then the count of wins and every loss."""
+    if record.suite == "msda-module":
+        table = _module_table(record)
+    else:
+        table = _duel_table(record)
+    return "\n\n".join([table, verdict(record)])
+
+
+def verdict(record: Record) -> str:
+    """In how many measurements this package is the fastest, and each one in which it is not."""
+    found = duels(record)
+    if not found:
+        return "No other implementation was measured in this run."
+    lost = [duel for duel in found if duel.ratio < 1]
+    text = f"Faster than every other in {len(found) - len(lost)} of {len(found)} comparisons of this run"
+    if not lost:
+        return text + "."
+    titles = {case.name: case for case in record.cases}
+    losses = "".join(
+        f"\n- slower: {titles[duel.case].title} ({sizes(titles[duel.case])}), {duel.dtype}, {STAGES[duel.stage]}: "
+        f"{_time(duel.ours, duel.stage)} ms against {_rival(duel)}"
+        for duel in lost
+    )
+    return f"{text}.\n{losses}"
+
+
+def _duel_table(record: Record) -> str:
+    cases = [case for case in record.cases if "headline" in case.tags] or record.cases
+    titles = ["workload", "dtype"]
+    for stage in ("forward", "forward_backward"):
+        titles += [f"{STAGES[stage]}, ms", "fastest other", ""]
+    found = {(duel.case, duel.dtype, duel.stage): duel for duel in duels(record)}
+    lines = []
+    for case in cases:
+        title = f"{case.title}, N={case.batch}, Lq={case.queries}"
+        for row in record.rows:
+            if (row.case, row.provider) != (case.name, "visionkernels"):
+                continue
+            cells = []
+            for stage in ("forward", "forward_backward"):
+                duel = found.get((case.name, row.dtype, stage))
+                cells += [_time(row, stage), "-" if duel is None else _rival(duel), "" if duel is None else ratio(duel.ratio)]
+            lines.append([title, row.dtype, *cells])
+            title = ""
+    return _table(titles, lines, left=2)
+
+
+def _module_table(record: Record) -> str:
+    titles = ["module on", "dtype", "forward, ms", "forward + backward, ms", "", "peak memory, MB", "", "with inputs, MB"]
+    lines = []
+    for row in (row for row in record.rows if row.refused is None):
+        mine = next((r for r in record.rows if _same(r, row) and r.provider == "visionkernels-fused"), None)
+        times = [_factor(row, mine, lambda r: None if r.forward_backward is None else r.forward_backward.median)]
+        memory = [_factor(row, mine, lambda r: r.peak_megabytes)]
+        lines.append([
+            row.provider, row.dtype, _time(row, "forward"), stage_time(row, "forward_backward"), *times,
+            number(row.peak_megabytes), *memory, number(row.total_megabytes),
+        ])  # fmt: skip
+    return _table(titles, lines, left=2)
+
+
+def _same(one: Row, other: Row) -> bool:
+    return (one.case, one.dtype) == (other.case, other.dtype)
+
+
+def _factor(row: Row, mine: Row | None, figure: Callable[[Row], float | None]) -> str:
+    """A figure of a row over that of our fused module."""
+    if mine is None or row is mine:
+        return ""
+    one, other = figure(row), figure(mine)
+    return "" if one is None or not other else f"{one / other:.3g}×"
+
+
+def _rival(duel: Duel) -> str:
+    mark = f" {WRONG}" if duel.rival.wrong else ""
+    return f"{_time(duel.rival, duel.stage)} ({duel.rival.provider}){mark}"
+
+
+def full_tables(record: Record) -> str:
+    """All figures of a record: one table a case, then how they were taken and what the tables cannot show."""
+    parts = []
+    for case in record.cases:
+        rows = [row for row in record.rows if row.case == case.name and row.refused is None]
+        if rows:
+            parts.append(f"**{describe(case)}**\n\n{_case_table(record, rows)}")
+    notes = "".join(f"\n- {line}" for line in remarks(record))
+    end = f"Figures: {method(record)}; in brackets the 20 % and 80 % quantiles. {caption(record)}."
+    return "\n\n".join([*parts, end + ("\n" + notes if notes else "")])
+
+
+def _case_table(record: Record, rows: Sequence[Row]) -> str:
+    columns: list[tuple[str, Callable[[Row], str]]] = [
+        ("forward", lambda row: _spread(row, "forward")),
+        ("in a CUDA graph", lambda row: _time(row, "forward_graph")),
+        ("backward", lambda row: _spread(row, "backward")),
+        ("forward + backward", lambda row: _spread(row, "forward_backward")),
+        ("host µs", lambda row: number(row.host_microseconds)),
+        ("forward MB", lambda row: number(row.forward_megabytes)),
+        ("peak MB", lambda row: number(row.peak_megabytes)),
+        ("with inputs MB", lambda row: number(row.total_megabytes)),
+        ("of copy bandwidth, forward", lambda row: percent(row.share(record.roofs, "forward"))),
+        ("both", lambda row: percent(row.share(record.roofs, "forward_backward"))),
+        ("error", lambda row: error(row, row.error_forward)),
+        ("of gradients", lambda row: error(row, row.error_backward)),
+    ]
+    used = [(title, cell) for title, cell in columns if any(cell(row) != "-" for row in rows)]
+    lines = [[row.dtype, row.provider, *(cell(row) for _, cell in used)] for row in rows]
+    return _table(["dtype", "provider", *(title for title, _ in used)], lines, left=2)
+
+
+def _time(row: Row, stage: str) -> str:
+    timing: Timing | None = getattr(row, stage)
+    return number(None if timing is None else timing.median)
+
+
+def _spread(row: Row, stage: str) -> str:
+    timing: Timing | None = getattr(row, stage)
+    return stage_time(row, stage) if timing is None else f"{number(timing.median)} ({number(timing.low)}–{number(timing.high)})"
+
+
+def _table(titles: Sequence[str], lines: Iterable[Sequence[str]], left: int) -> str:
+    rule = "|" + "---|" * left + "---:|" * (len(titles) - left)
+    return "\n".join([_line(titles), rule, *map(_line, lines)])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

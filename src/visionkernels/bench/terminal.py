@@ -1,0 +1,148 @@
+"""The tables and the progress in the terminal, with rich; without it, plain lines."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+from visionkernels.bench.markdown import full_tables
+from visionkernels.bench.record import Record, Row
+from visionkernels.bench.timing import Roofs
+from visionkernels.bench.wording import caption, describe, error, method, milliseconds, number, remarks, stage_time
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+WIDTH = 100
+HAS_RICH = importlib.util.find_spec("rich") is not None
+NEEDS_EXTRA = "progress bar and tables need rich, plots matplotlib: pip install 'visionkernels[bench]'"
+
+
+def rich_tables(record: Record) -> Iterable[Table]:
+    """A table for each case, at most 100 columns wide; columns without a figure are left out."""
+    from rich import box
+    from rich.table import Table
+
+    cells = {id(row): _cells(row, record.roofs) for row in record.rows}
+    titles = [title for title in _TITLES if any(cells[id(row)][title] != "-" for row in record.rows)]
+    for case in record.cases:
+        rows = [row for row in record.rows if row.case == case.name]
+        if not rows:
+            continue
+        table = Table(title=f"{case.name} — {describe(case)}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("dtype")
+        table.add_column("provider")
+        for title in titles:
+            table.add_column(title, justify="right")
+        last = None
+        for row in rows:
+            if last not in (None, row.dtype):
+                table.add_section()
+            table.add_row(
+                "" if last == row.dtype else row.dtype, row.provider, *(cells[id(row)][title] for title in titles),
+                style="bold" if row.ours else None,
+            )  # fmt: skip
+            last = row.dtype
+        yield table
+
+
+_TITLES = ("fwd", "graph", "bwd", "fwd+bwd", "host µs", "MB", "total MB", "copy", "error", "of grad")
+
+
+def _cells(row: Row, roofs: Roofs | None) -> dict[str, str]:
+    share = row.share(roofs, "forward")
+    return {
+        "fwd": stage_time(row, "forward"),
+        "graph": milliseconds(row.forward_graph),
+        "bwd": stage_time(row, "backward"),
+        "fwd+bwd": milliseconds(row.forward_backward),
+        "host µs": number(row.host_microseconds),
+        "MB": number(row.peak_megabytes),
+        "total MB": number(row.total_megabytes) if row.forward_bytes is None else "-",  # a module holds parameters
+        "copy": "-" if share is None else f"{100 * share:.0f}%",
+        "error": error(row, row.error_forward),
+        "of grad": error(row, row.error_backward),
+    }
+
+
+def print_tables(record: Record) -> None:
+    """Print the tables of a suite."""
+    if not HAS_RICH:
+        print(full_tables(record))
+        return
+    console = _console()
+    console.rule(f"suite {record.suite}", align="left", characters="─")
+    for table in rich_tables(record):
+        console.print(table)
+
+
+def print_end(records: Sequence[Record]) -> None:
+    """Print what the tables of a run cannot show, and its conditions."""
+    lines = [line for record in records for line in remarks(record)]
+    lines.append(f"{method(records[0])}; copy: share of that bandwidth that the forward reaches")
+    for line in dict.fromkeys([*lines, caption(records[0])]):
+        if HAS_RICH:
+            _console().print(line, markup=False)
+        else:
+            print(line)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
+    return console
+
+
+class Reporter(Protocol):
+    """Is told what is measured."""
+
+    def start(self, what: str) -> None:
+        """A measurement begins."""
+
+    def done(self, row: Row) -> None:
+        """A measurement has ended."""
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Reporter]:
+    """Show on stderr how far a run is: a bar in a terminal, otherwise a line for each row.
+
+    Args:
+        total: Rows to come.
+    """
+    if not (HAS_RICH and sys.stderr.isatty()):
+        yield _Lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:<44}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+
+        class Bar:
+            def start(self, what: str) -> None:
+                bar.update(task, description=what)
+
+            def done(self, row: Row) -> None:
+                bar.advance(task)
+
+        yield Bar()
+
+
+class _Lines:
+    """A log that is cut off still says much."""
+
+    def start(self, what: str) -> None:
+        pass
+
+    def done(self, row: Row) -> None:
+        if row.refused is None:
+            times = f"forward {stage_time(row, 'forward')}, with backward {stage_time(row, 'forward_backward')} ms"
+            print(f"{row.case} {row.dtype} {row.provider}: {times}", file=sys.stderr, flush=True)
