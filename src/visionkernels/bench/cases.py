@@ -104,7 +104,7 @@ _WORKLOADS = (
     Case("mask2former", "Mask2Former pixel decoder", 4, _MASK2FORMER, None, tags=_GPU),
     Case("bevformer", "BEVFormer spatial cross-attention", 6, _BEVFORMER, 40000, num_points=8, tags=_GPU),
     Case("vit-adapter", "ViT-Adapter extractor", 2, ((64, 64), (32, 32), (16, 16)), 1024, 12, tags=_GPU),
-    Case("heads12-dim64", "ViT-Adapter extractor, wide heads", 2, ((64, 64), (32, 32), (16, 16)), 1024, 12, 64, tags=_GPU),
+    Case("heads12-dim64", "ViT-Adapter, wide heads", 2, ((64, 64), (32, 32), (16, 16)), 1024, 12, 64, tags=_GPU),
 )  # fmt: skip
 
 

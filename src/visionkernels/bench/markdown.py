@@ -66,14 +66,27 @@ def _duel_table(record: Record) -> str:
             cells = []
             for stage in ("forward", "forward_backward"):
                 duel = found.get((case.name, row.dtype, stage))
-                cells += [_time(row, stage), "-" if duel is None else _rival(duel), "" if duel is None else ratio(duel.ratio)]
+                cells += [
+                    _time(row, stage),
+                    "-" if duel is None else _rival(duel),
+                    "" if duel is None else ratio(duel.ratio),
+                ]
             lines.append([title, row.dtype, *cells])
             title = ""
     return _table(titles, lines, left=2)
 
 
 def _module_table(record: Record) -> str:
-    titles = ["module on", "dtype", "forward, ms", "forward + backward, ms", "", "peak memory, MB", "", "with inputs, MB"]
+    titles = [
+        "module on",
+        "dtype",
+        "forward, ms",
+        "forward + backward, ms",
+        "",
+        "peak memory, MB",
+        "",
+        "with inputs, MB",
+    ]
     lines = []
     for row in (row for row in record.rows if row.refused is None):
         mine = next((r for r in record.rows if _same(r, row) and r.provider == "visionkernels-fused"), None)
@@ -142,7 +155,11 @@ def _time(row: Row, stage: str) -> str:
 
 def _spread(row: Row, stage: str) -> str:
     timing: Timing | None = getattr(row, stage)
-    return stage_time(row, stage) if timing is None else f"{number(timing.median)} ({number(timing.low)}–{number(timing.high)})"
+    return (
+        stage_time(row, stage)
+        if timing is None
+        else f"{number(timing.median)} ({number(timing.low)}–{number(timing.high)})"
+    )
 
 
 def _table(titles: Sequence[str], lines: Iterable[Sequence[str]], left: int) -> str:

@@ -43,6 +43,8 @@ def measure(
     if row.refused is not None:
         return row
 
+    call: Call | None = None
+
     def forward_stage() -> None:
         nonlocal call
         call = provider.bind(case, inputs)
@@ -57,7 +59,6 @@ def measure(
         row.error_backward = truth.backward_error(call, provider.fused or provider.packed)
         time_backward(row, call.forward, call.leaves, device, effort)
 
-    call: Call | None = None
     run_stages(row, device, {"forward": forward_stage, "backward": backward_stage})
     return row
 
@@ -68,13 +69,13 @@ def run_stages(row: Row, device: torch.device, stages: dict[str, Callable[[], No
     Raises:
         DeviceLost: If a failure left the GPU unusable.
     """
-    stage = ""
-    try:
-        for stage, work in stages.items():
+    for stage, work in stages.items():
+        try:
             work()
-    except Exception as error:  # noqa: BLE001 — whatever a peer raises belongs into the row
-        message = str(error).strip().splitlines() or [""]
-        row.failed = {"stage": stage, "error": type(error).__name__, "message": message[0][:200]}
+        except Exception as error:  # noqa: BLE001 — whatever a peer raises belongs into the row
+            message = str(error).strip().splitlines() or [""]
+            row.failed = {"stage": stage, "error": type(error).__name__, "message": message[0][:200]}
+            break
     if row.failed is not None and device.type == "cuda":
         try:
             torch.cuda.synchronize(device)

@@ -137,7 +137,9 @@ class ModuleTruth:
         output = forward()
         grad_output = torch.zeros_like(output)
         grad_output[:, self._gradient_queries] = self._grad_output
-        return self._compare(torch.autograd.grad(output, _compared(self._inputs.module, self._inputs.features), grad_output))
+        return self._compare(
+            torch.autograd.grad(output, _compared(self._inputs.module, self._inputs.features), grad_output)
+        )
 
     def _compare(self, gradients: Sequence[Tensor]) -> float:
         return max(relative(found, expected) for found, expected in zip(gradients, self._gradients, strict=True))
@@ -156,7 +158,8 @@ class ModuleTruth:
         references = geometry.reference_points[:, queries]
         sizes = geometry.spatial_shapes.flip(1).to(features.dtype)
         return upstream_module(
-            module, lambda value, locations, logits: reference_ms_deform_attn(value, levels, locations, _softmax(logits)),
+            module,
+            lambda value, locations, logits: reference_ms_deform_attn(value, levels, locations, _softmax(logits)),
             query, references.to(torch.promote_types(references.dtype, features.dtype)), features, sizes,
         )  # fmt: skip
 
@@ -197,5 +200,3 @@ def measure(
 
     run_stages(row, device, {"forward": forward_stage, "backward": backward_stage})
     return row
-
-

@@ -25,7 +25,11 @@ def ours_fused(case: Case, geometry: Geometry) -> Callable[..., Tensor]:
     """This package's operator with softmax and locations; ``points`` are offsets, ``weights`` logits."""
     from visionkernels.ops.deformable_attention.op import fused_ms_deform_attn
 
-    shapes, references, ragged = geometry.spatial_shapes, geometry.reference_points, case.points if case.ragged else None
+    shapes, references, ragged = (
+        geometry.spatial_shapes,
+        geometry.reference_points,
+        case.points if case.ragged else None,
+    )
     return lambda value, points, weights: fused_ms_deform_attn(
         value, shapes, references, points, weights, num_points=ragged
     )

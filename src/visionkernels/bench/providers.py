@@ -72,7 +72,12 @@ class Provider:
             return None
         try:
             importlib.import_module(self.module)
-        except (ImportError, OSError, RuntimeError, AssertionError) as error:  # also: a library for another torch, no GPU
+        except (
+            ImportError,
+            OSError,
+            RuntimeError,
+            AssertionError,
+        ) as error:  # also: a library for another torch, no GPU
             return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}"
         return None
 

@@ -80,7 +80,9 @@ def summarize(seconds: list[float]) -> Timing:
 def time_calls(
     call: Callable[[], object], device: torch.device, effort: Effort, clock: Clock = time.perf_counter
 ) -> Timing:
-    """Time a call: on a GPU what it keeps the device busy, from an L2 cache without its inputs; on the CPU what it takes.
+    """Time a call: on a GPU what it keeps the device busy, on the CPU what it takes.
+
+    On a GPU the L2 cache is emptied before each call, on the CPU the caches are as warm as they get.
 
     Args:
         call: Makes one call; nothing in it should wait for the device.

@@ -132,4 +132,4 @@ def duels(record: Record, stages: Iterable[str] = ("forward", "forward_backward"
 
 def ratio(value: float) -> str:
     """How many times as fast; a loss stands out."""
-    return f"{value:.3g}×" if value >= 1 else f"**{value:.2g}×, slower**"
+    return f"{value:.3g}×" if value >= 1 else f"**{value:.3g}×, slower**"
