@@ -68,6 +68,10 @@ def run(options: Options) -> int:
     suites = _pick("suite", options.suites or list(SUITES), SUITES)
     device = find_device(options.device)
     jobs = {suite: _jobs(suite, options, device) for suite in suites}
+    measured = {case.name for of_suite in jobs.values() for case, _ in of_suite}
+    for name in options.cases or ():
+        if name not in measured and name != "all":
+            raise UserError(f"case: {name} is in none of the suites {', '.join(suites)}")
     providers, absent = _pick_providers(options)
     if options.save is not None:
         _check_directory(options.save)
