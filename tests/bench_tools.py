@@ -29,7 +29,7 @@ def altered(change, base="grid_sample", **options):
         attention = right.build(case, geometry)
         return lambda *inputs: change(attention(*inputs))
 
-    return replace(right, name="peer", build=build, **options)
+    return replace(right, **{"name": "peer", "build": build, **options})
 
 
 def measure(provider, case=TINY, dtype="fp32"):

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Protocol
 from visionkernels.bench.markdown import full_tables
 from visionkernels.bench.record import Record, Row
 from visionkernels.bench.timing import Roofs
-from visionkernels.bench.wording import caption, describe, error, method, milliseconds, number, remarks, stage_time
+from visionkernels.bench.wording import (
+    WRONG,
+    caption,
+    describe,
+    error,
+    method,
+    milliseconds,
+    number,
+    remarks,
+    stage_time,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,7 +43,7 @@ def rich_tables(record: Record) -> Iterable[Table]:
         rows = [row for row in record.rows if row.case == case.name]
         if not rows:
             continue
-        table = Table(title=f"{case.name} — {describe(case)}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table = Table(title=f"{case.name} — {describe(case)}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
         table.add_column("dtype")
         table.add_column("provider")
         for title in titles:
@@ -50,23 +60,28 @@ def rich_tables(record: Record) -> Iterable[Table]:
         yield table
 
 
-_TITLES = ("fwd", "graph", "bwd", "fwd+bwd", "host µs", "MB", "total MB", "copy", "error", "of grad")
+_TITLES = ("fwd", "graph", "bwd", "both", "host µs", "MB", "total MB", "copy", "error", "of grad")
 
 
 def _cells(row: Row, roofs: Roofs | None) -> dict[str, str]:
     share = row.share(roofs, "forward")
     return {
-        "fwd": stage_time(row, "forward"),
+        "fwd": _time(row, "forward"),
         "graph": milliseconds(row.forward_graph),
-        "bwd": stage_time(row, "backward"),
-        "fwd+bwd": milliseconds(row.forward_backward),
+        "bwd": _time(row, "backward"),
+        "both": milliseconds(row.forward_backward),
         "host µs": number(row.host_microseconds),
         "MB": number(row.peak_megabytes),
         "total MB": number(row.total_megabytes) if row.forward_bytes is None else "-",  # a module holds parameters
         "copy": "-" if share is None else f"{100 * share:.0f}%",
-        "error": error(row, row.error_forward),
-        "of grad": error(row, row.error_backward),
+        "error": error(row, row.error_forward).replace(f" {WRONG}", "!"),
+        "of grad": error(row, row.error_backward).replace(f" {WRONG}", "!"),
     }
+
+
+def _time(row: Row, stage: str) -> str:
+    failed = row.failed is not None and row.failed["stage"] == stage and getattr(row, stage) is None
+    return "failed" if failed else milliseconds(getattr(row, stage))  # the remarks have the reason
 
 
 def print_tables(record: Record) -> None:
