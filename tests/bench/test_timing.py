@@ -1,5 +1,7 @@
 """The clock."""
 
+import contextlib
+
 import pytest
 import torch
 from bench_tools import CPU
@@ -101,3 +103,43 @@ def test_the_flush_leaves_no_input_in_the_cache():
     a = torch.randn(2**20, device=CUDA)  # 4 MB: read from the L2 cache in the graph, from memory otherwise
     graph = timing.time_graph(lambda: a.sum(), CUDA, timing.QUICK)
     assert graph.median < timing.time_calls(lambda: a.sum(), CUDA, timing.QUICK).median
+
+
+def test_a_call_that_no_graph_can_record_leaves_the_stream_as_it_was(monkeypatch):
+    streams = ["stream of the caller"]
+
+    class Graph:
+        def __init__(self, graph):
+            pass
+
+        def __enter__(self):
+            streams.append("stream of the graph")
+
+        def __exit__(self, *args):
+            raise RuntimeError("the capture was invalidated")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    with pytest.raises(RuntimeError, match="invalidated"):
+        timing.time_graph(lambda: None, CUDA, timing.QUICK)
+    assert streams[-1] == "stream of the caller"
+
+
+def test_a_graph_is_timed_by_the_call(monkeypatch):
+    """A GPU whose call takes 1 ms, and 30 ms more the first time that the graph runs."""
+    clock = Clock()
+    Gpu(monkeypatch, clock)
+    steps, recorded = [0.03], []
+
+    class CUDAGraph:
+        def replay(self):
+            clock.now += 0.001 * len(recorded) + (steps.pop() if steps else 0)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+    found = timing.time_graph(lambda: recorded.append(1), CUDA, timing.Effort(0.2, 3, 100, 0))
+    assert found == timing.Timing(1.0, 1.0, 1.0, 3)

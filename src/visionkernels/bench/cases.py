@@ -95,7 +95,7 @@ _WORKLOADS = (
     Case("decoder-n1", "Deformable DETR decoder", 1, _DETR, 300, tags=_EVERYWHERE),
     Case("rtdetr-n1", "RT-DETR decoder", 1, _RTDETR, 300, boxes=True, tags=(*_EVERYWHERE, "slow")),
     Case("rtdetr-n8", "RT-DETR decoder", 8, _RTDETR, 300, boxes=True, tags=_GPU),
-    Case("rtdetr-train", "RT-DETR decoder with denoising", 8, _RTDETR, 500, boxes=True, tags=_GPU),
+    Case("rtdetr-train", "RT-DETR decoder with denoising", 8, _RTDETR, 500, boxes=True),
     Case("dfine-n1", "D-FINE decoder", 1, _RTDETR, 300, num_points=(3, 6, 3), boxes=True, tags=("gpu", "quick")),
     Case("dfine-nano-n8", "D-FINE nano decoder", 8, _RTDETR[1:], 300, 8, 16, 6, boxes=True, tags=_GPU),
     Case("rfdetr-n1", "RF-DETR decoder", 1, ((36, 36),), 300, 16, 16, 2, boxes=True, tags=_EVERYWHERE),
@@ -103,7 +103,7 @@ _WORKLOADS = (
     Case("dino-5scale", "DINO 5-scale encoder", 1, ((200, 334), *_DETR), None, tags=_GPU),
     Case("mask2former", "Mask2Former pixel decoder", 4, _MASK2FORMER, None, tags=_GPU),
     Case("bevformer", "BEVFormer spatial cross-attention", 6, _BEVFORMER, 40000, num_points=8, tags=_GPU),
-    Case("vit-adapter", "ViT-Adapter extractor", 2, ((64, 64), (32, 32), (16, 16)), 1024, 12, tags=_GPU),
+    Case("vit-adapter", "ViT-Adapter extractor", 2, ((64, 64), (32, 32), (16, 16)), 1024, 12),
     Case("heads12-dim64", "ViT-Adapter, wide heads", 2, ((64, 64), (32, 32), (16, 16)), 1024, 12, 64, tags=_GPU),
 )  # fmt: skip
 

@@ -59,7 +59,11 @@ def measure(
         row.error_backward = truth.backward_error(call, provider.fused or provider.packed)
         time_backward(row, call.forward, call.leaves, device, effort)
 
-    run_stages(row, device, {"forward": forward_stage, "backward": backward_stage})
+    def graph_stage() -> None:
+        assert call is not None
+        time_graph(row, call.forward, device, effort)
+
+    run_stages(row, device, {"forward": forward_stage, "backward": backward_stage, "CUDA graph": graph_stage})
     return row
 
 
@@ -102,8 +106,13 @@ def time_forward(row: Row, forward: Callable[[], Tensor], device: torch.device, 
         if device.type == "cuda":
             row.host_microseconds = timing.host_microseconds(forward, device, effort)
             row.forward_megabytes = timing.peak_megabytes(forward, device)
-            if row.forward.median < _GRAPH_BELOW:
-                row.forward_graph = timing.time_graph(forward, device, effort)
+
+
+def time_graph(row: Row, forward: Callable[[], Tensor], device: torch.device, effort: timing.Effort) -> None:
+    """Time a short forward in a CUDA graph; last of all, since a call that cannot be recorded ends the row."""
+    if device.type == "cuda" and row.forward is not None and row.forward.median < _GRAPH_BELOW:
+        with torch.no_grad():
+            row.forward_graph = timing.time_graph(forward, device, effort)
 
 
 def time_backward(

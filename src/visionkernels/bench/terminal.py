@@ -43,7 +43,9 @@ def rich_tables(record: Record) -> Iterable[Table]:
         rows = [row for row in record.rows if row.case == case.name]
         if not rows:
             continue
-        table = Table(title=f"{case.name} — {describe(case)}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+        table = Table(
+            title=f"{case.name} — {describe(case)}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
+        )
         table.add_column("dtype")
         table.add_column("provider")
         for title in titles:

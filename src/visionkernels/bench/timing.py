@@ -155,10 +155,13 @@ def time_graph(call: Callable[[], object], device: torch.device, effort: Effort)
         device: A GPU.
         effort: How long to measure.
     """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(_GRAPH_CALLS):
-            call()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(_GRAPH_CALLS):
+                call()
+    finally:
+        torch.cuda.set_stream(stream)  # a call that cannot be recorded leaves PyTorch on the stream of the graph
     times: list[float] = []
     spent = 0.0
     while len(times) < effort.least or (spent < effort.seconds / 2 and len(times) < effort.most):
