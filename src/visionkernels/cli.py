@@ -135,7 +135,8 @@ def _add_bench(subparsers: "argparse._SubParsersAction[_Parser]") -> None:
         nargs="?",
         type=Path,
         const=Path("benchmarks/results"),
-        help="write a result file for each suite into this directory, anew after each case (default: %(const)s)",
+        help="write a result file for each suite and device into this directory, in place of an older one,"
+        " after each case (default: %(const)s)",
     )
     job.add_argument("--device", metavar="D", help="cpu, cuda or cuda:1 (default: a GPU if there is one)")
     job.add_argument("--list", action="store_true", help="print the cases and the providers, and measure nothing")

@@ -42,6 +42,7 @@ def test_bench_prints_and_writes_every_suite(tiny, tmp_path, capsys):
     assert {record.suite for record in records} == {"msda", "msda-module", "msda-queries"}
     for path, record in zip(files, records, strict=True):
         assert str(path) in out
+        assert path.stem.endswith("-quick")
         assert record.quick
         assert record.complete
         assert record.roofs == timing.Roofs(100.0, 1000.0)
@@ -91,6 +92,12 @@ def test_bench_fails_if_ours_is_wrong(change, message, tiny, tmp_path, capsys, m
     assert bench("--suite", "msda", "--case", "tiny", "--against", "grid_sample", "--save", tmp_path) == 1
     assert message in capsys.readouterr().err
     assert len(load(tmp_path / next(tmp_path.iterdir())).rows) == 3  # the others were measured all the same
+
+
+def test_a_suite_without_the_case_leaves_its_file_alone(tiny, tmp_path, monkeypatch):
+    monkeypatch.delitem(SUITES["msda-module"], "tiny")
+    assert bench("--case", "tiny", "--against", "--save", tmp_path) == 0
+    assert {load(path).suite for path in tmp_path.iterdir()} == {"msda", "msda-queries"}
 
 
 def test_a_failing_peer_stops_nothing(tiny, monkeypatch):

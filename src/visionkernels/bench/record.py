@@ -138,9 +138,9 @@ class Record:
 
     @property
     def stem(self) -> str:
-        """``<suite>-<device>``, of the files of this run."""
+        """``<suite>-<device>``, of the files of this run; a quick run takes no other's place."""
         device = re.sub(r"\((r|tm)\)", " ", self.environment.device.lower())
-        return f"{self.suite}-{re.sub('[^a-z0-9]+', '-', device).strip('-')}"
+        return f"{self.suite}-{re.sub('[^a-z0-9]+', '-', device).strip('-')}{'-quick' if self.quick else ''}"
 
 
 def save(record: Record, directory: Path) -> Path:

@@ -67,7 +67,7 @@ def run(options: Options) -> int:
     """
     suites = _pick("suite", options.suites or list(SUITES), SUITES)
     device = find_device(options.device)
-    jobs = {suite: _jobs(suite, options, device) for suite in suites}
+    jobs = {suite: found for suite in suites if (found := _jobs(suite, options, device))}
     measured = {case.name for of_suite in jobs.values() for case, _ in of_suite}
     for name in options.cases or ():
         if name not in measured and name != "all":
@@ -82,7 +82,7 @@ def run(options: Options) -> int:
     records, files = [], []
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         roofs = timing.roofs(device, effort)
-        for suite in suites:
+        for suite in jobs:
             planned = [_with_providers(case, dtype, providers, options) for case, dtype in jobs[suite]]
             cases = list(dict.fromkeys(job.case for job in planned))
             record = Record(suite, options.quick, conditions, cases, absent, roofs=roofs, flushed=device.type == "cuda")
