@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bench_tools import EFFORT, TINY, a_record, a_row, altered
+from bench_tools import EFFORT, ROOT, TINY, a_record, a_row, altered
 
 from visionkernels.bench import run, terminal, timing
 from visionkernels.bench.cases import SUITES
@@ -15,6 +15,7 @@ from visionkernels.bench.record import load, save
 from visionkernels.cli import main
 
 CPU = torch.device("cpu")
+RESULT = str(next((ROOT / "benchmarks" / "results").glob("*.json")))
 
 
 @pytest.fixture
@@ -181,6 +182,7 @@ def test_plot_draws_beside_the_file_or_elsewhere(tmp_path, capsys):
         (["--suite", "msda-module", "--case", "rtdetr-n1"], "case: rtdetr-n1 is in none of the suites msda-module"),
         (["--device", "tpu"], "device: expected cpu"),
         (["--save", __file__], "is not a directory that can be written to"),
+        (["--plot", RESULT, "--save", __file__], "is not a directory that can be written to"),
         (["--plot", "nothing.json"], "nothing.json: expected a result file"),
         (["--speed"], "unrecognized arguments: --speed"),
     ],

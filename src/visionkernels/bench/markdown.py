@@ -27,10 +27,14 @@ from visionkernels.bench.wording import (
 def summary(record: Record) -> str:
     """The few lines of a record for the README: its headline cases, then the count of wins and every loss."""
     if record.suite == "msda-module":
-        table = _module_table(record)
+        tables = [
+            f"{describe(case)}\n\n{_module_table(rows)}"
+            for case in record.cases
+            if (rows := [row for row in record.rows if row.case == case.name and row.refused is None])
+        ]
     else:
-        table = _duel_table(record)
-    return "\n\n".join([table, verdict(record)])
+        tables = [_duel_table(record)]
+    return "\n\n".join([*tables, verdict(record)])
 
 
 def verdict(record: Record) -> str:
@@ -76,7 +80,7 @@ def _duel_table(record: Record) -> str:
     return _table(titles, lines, left=2)
 
 
-def _module_table(record: Record) -> str:
+def _module_table(rows: Sequence[Row]) -> str:
     titles = [
         "module on",
         "dtype",
@@ -88,8 +92,8 @@ def _module_table(record: Record) -> str:
         "with inputs, MB",
     ]
     lines = []
-    for row in (row for row in record.rows if row.refused is None):
-        mine = next((r for r in record.rows if _same(r, row) and r.provider == "visionkernels-fused"), None)
+    for row in rows:
+        mine = next((r for r in rows if _same(r, row) and r.provider == "visionkernels-fused"), None)
         times = [_factor(row, mine, lambda r: None if r.forward_backward is None else r.forward_backward.median)]
         memory = [_factor(row, mine, lambda r: r.peak_megabytes)]
         lines.append([

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from visionkernels.bench import charts
-from visionkernels.bench.record import Record, load
+from visionkernels.bench.record import Record, check_directory, load
 from visionkernels.bench.wording import caption
 from visionkernels.errors import UserError
 
@@ -39,7 +39,10 @@ def draw_files(files: Sequence[Path], directory: Path | None) -> Iterator[Path]:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("plot: needs matplotlib, not installed here: pip install 'visionkernels[bench]'")
-    for path, record in [(path, load(path)) for path in files]:
+    records = [(path, load(path)) for path in files]
+    for place in {directory or path.parent for path in files}:
+        check_directory(place)
+    for path, record in records:
         yield from draw_record(record, directory or path.parent)
 
 

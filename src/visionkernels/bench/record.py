@@ -143,6 +143,19 @@ class Record:
         return f"{self.suite}-{re.sub('[^a-z0-9]+', '-', device).strip('-')}{'-quick' if self.quick else ''}"
 
 
+def check_directory(directory: Path) -> None:
+    """See, before the measuring, whether files can be written into a directory.
+
+    Raises:
+        UserError: If they cannot.
+    """
+    place = directory
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"save: {directory} cannot be written: {place} is not a directory that can be written to")
+
+
 def save(record: Record, directory: Path) -> Path:
     """Write a record as JSON into a directory, which is made if need be; returns the file.
 

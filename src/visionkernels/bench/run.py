@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from visionkernels.bench.cases import SUITES, Case, default_cases, draw
 from visionkernels.bench.environment import environment
 from visionkernels.bench.measure import DTYPES, DeviceLost, measure
 from visionkernels.bench.providers import PROVIDERS, Provider
-from visionkernels.bench.record import Record, Row, save
+from visionkernels.bench.record import Record, Row, check_directory, save
 from visionkernels.bench.wording import describe
 from visionkernels.detection import find_device
 from visionkernels.errors import UserError
@@ -74,7 +73,7 @@ def run(options: Options) -> int:
             raise UserError(f"case: {name} is in none of the suites {', '.join(suites)}")
     providers, absent = _pick_providers(options)
     if options.save is not None:
-        _check_directory(options.save)
+        check_directory(options.save)
     if not terminal.HAS_RICH:
         print(f"visionkernels: {terminal.NEEDS_EXTRA}", file=sys.stderr)
     effort = timing.QUICK if options.quick else timing.GPU if device.type == "cuda" else timing.CPU
@@ -193,14 +192,6 @@ def _pick_providers(options: Options) -> tuple[list[Provider], dict[str, str]]:
                 raise UserError(f"against: {name} cannot be imported, {reason}")
     ours = [provider for provider in PROVIDERS.values() if provider.ours]
     return ours + [PROVIDERS[name] for name in names if name not in missing], missing
-
-
-def _check_directory(directory: Path) -> None:
-    place = directory
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"save: {directory} cannot be written: {place} is not a directory that can be written to")
 
 
 def listing() -> str:

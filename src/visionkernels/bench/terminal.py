@@ -103,7 +103,7 @@ def print_end(records: Sequence[Record]) -> None:
     lines.append(f"{method(records[0])}; copy: share of that bandwidth that the forward reaches")
     for line in dict.fromkeys([*lines, caption(records[0])]):
         if HAS_RICH:
-            _console().print(line, markup=False)
+            _console().print(line.replace(WRONG, "!"), markup=False)
         else:
             print(line)
 
