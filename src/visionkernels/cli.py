@@ -139,6 +139,9 @@ def _add_bench(subparsers: "argparse._SubParsersAction[_Parser]") -> None:
         " after each case (default: %(const)s)",
     )
     job.add_argument("--device", metavar="D", help="cpu, cuda or cuda:1 (default: a GPU if there is one)")
+    job.add_argument(
+        "--resume", action="store_true", help="go on with the files of a run that was ended, in --save DIR"
+    )
     job.add_argument("--list", action="store_true", help="print the cases and the providers, and measure nothing")
     job.add_argument(
         "--plot",
@@ -162,7 +165,8 @@ def _run_bench(args: argparse.Namespace) -> int:
         for path in plots.draw_files(args.plot, args.save):
             print(path)
         return 0
-    return run.run(run.Options(args.suite, args.dtype, args.against, args.case, args.quick, args.save, args.device))
+    names = (args.suite, args.dtype, args.against, args.case)
+    return run.run(run.Options(*names, args.quick, args.save, args.device, args.resume))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,5 +1,8 @@
 """`visionkernels bench`."""
 
+import json
+import os
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,7 +14,9 @@ from visionkernels.bench.cases import SUITES
 from visionkernels.bench.environment import environment
 from visionkernels.bench.measure import DeviceLost
 from visionkernels.bench.providers import PROVIDERS
-from visionkernels.bench.record import load, save
+from visionkernels.bench.record import Row, load, save
+from visionkernels.bench.timing import Timing
+from visionkernels.bench.wording import STAGES
 from visionkernels.cli import main
 
 CPU = torch.device("cpu")
@@ -123,17 +128,68 @@ def test_what_was_measured_is_kept_when_the_run_is_ended(tiny, tmp_path, monkeyp
     assert not record.complete
 
 
-def test_a_lost_gpu_is_one_line_and_the_rest_is_kept(tiny, tmp_path, monkeypatch, capsys):
-    def measure(provider, *_):
-        row = a_row(provider.name, failed={"stage": "forward", "error": "AcceleratorError", "message": ""})
-        if provider.ours:
-            return row
-        raise DeviceLost(row)
+def lose_the_gpu(monkeypatch):
+    def measure(provider, case, dtype, *_):
+        row = a_row(provider.name, dtype, failed={"stage": "forward", "error": "AcceleratorError", "message": ""})
+        if provider.name == "grid_sample":
+            raise DeviceLost(row)
+        return a_row(provider.name, dtype)
 
     monkeypatch.setattr(run, "measure", measure)
-    assert bench("--suite", "msda", "--case", "tiny", "--against", "grid_sample", "--save", tmp_path) == 2
-    assert "grid_sample left the GPU unusable" in capsys.readouterr().err.splitlines()[-1]
-    assert len(load(next(tmp_path.iterdir())).rows) == 3
+
+
+LOST = ["--suite", "msda", "--case", "tiny", "--against", "grid_sample", "transformers", "--save"]
+
+
+def test_after_a_lost_gpu_the_rest_is_measured_in_a_fresh_process(tiny, tmp_path, monkeypatch, capsys):
+    def execv(path, command):
+        assert path == command[0] == sys.executable
+        assert command[1:3] == ["-m", "visionkernels"]
+        monkeypatch.undo()  # the fresh process, with a peer that works
+        monkeypatch.setitem(SUITES["msda"], "tiny", TINY)
+        raise SystemExit(main(command[3:]))
+
+    lose_the_gpu(monkeypatch)
+    monkeypatch.setattr(os, "execv", execv)
+    with pytest.raises(SystemExit) as end:
+        bench(*LOST, tmp_path)
+    assert end.value.code == 0
+    assert "grid_sample left the GPU unusable" in capsys.readouterr().err
+    record = load(next(tmp_path.iterdir()))
+    assert record.complete
+    assert [row.provider for row in record.rows] == [
+        "visionkernels",
+        "visionkernels-fused",
+        "grid_sample",
+        "transformers",
+    ]
+    assert record.rows[2].failed["error"] == "AcceleratorError"
+    assert record.rows[3].failed is None
+
+
+def test_a_lost_gpu_is_one_line_if_nothing_is_saved(tiny, monkeypatch, capsys):
+    lose_the_gpu(monkeypatch)
+    assert bench(*LOST[:-1]) == 2
+    assert "with --save the rest would be measured" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_resume_does_not_mix_versions(tiny, tmp_path, capsys):
+    arguments = ["--suite", "msda", "--case", "tiny", "--against", "--save", tmp_path]
+    assert bench(*arguments) == 0
+    path = next(tmp_path.iterdir())
+    before = path.read_text()
+    assert bench(*arguments, "--resume") == 0
+    assert load(path).rows == json_rows(before)
+    path.write_text(before.replace(torch.__version__, "0.0"))
+    assert bench(*arguments, "--resume") == 2
+    assert "is of other versions" in capsys.readouterr().err
+
+
+def json_rows(text):
+    return [
+        Row(**{**row, **{k: Timing(**v) for k, v in row.items() if k in STAGES and v}})
+        for row in json.loads(text)["rows"]
+    ]
 
 
 def test_without_rich_it_runs_and_says_so_once(tiny, monkeypatch, capsys):
@@ -182,6 +238,7 @@ def test_plot_draws_beside_the_file_or_elsewhere(tmp_path, capsys):
         (["--suite", "msda-module", "--case", "rtdetr-n1"], "case: rtdetr-n1 is in none of the suites msda-module"),
         (["--device", "tpu"], "device: expected cpu"),
         (["--save", __file__], "is not a directory that can be written to"),
+        (["--resume"], "resume: needs --save"),
         (["--plot", RESULT, "--save", __file__], "is not a directory that can be written to"),
         (["--plot", "nothing.json"], "nothing.json: expected a result file"),
         (["--speed"], "unrecognized arguments: --speed"),

@@ -176,7 +176,7 @@ def test_a_module_on_an_operator_without_the_dtype_runs_it_in_float32():
     row = measure_module(peer, "bf16")
     assert row.failed is None
     assert set(seen) == {torch.float32}
-    assert "operator in float32" in row.note
+    assert "peer, bf16: its operator in float32" in remarks(a_record(row))
     assert not row.wrong
 
 

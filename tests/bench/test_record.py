@@ -72,12 +72,19 @@ def test_a_case_that_is_no_headline_is_counted_and_named_when_lost():
 def test_the_summary_of_a_module_compares_time_and_memory():
     rows = [
         a_row("visionkernels-fused", peak_megabytes=100.0, total_megabytes=150.0),
-        a_row("deformable-detr", milliseconds=0.5523, peak_megabytes=250.0, total_megabytes=300.0),
+        a_row(
+            "deformable-detr",
+            milliseconds=0.5523,
+            widened=True,
+            error_forward=0.1,
+            peak_megabytes=250.0,
+            total_megabytes=300.0,
+        ),
     ]
     lines = summary(a_record(*rows, suite="msda-module")).splitlines()
     assert lines[0] == "Tiny encoder: N=2, S=41, Lq=41, M×D=2×4, P=2"
     assert lines[4] == "| visionkernels-fused | fp16 | 0.184 | 1.84 |  | 100 |  | 150 |"
-    assert lines[5] == "| deformable-detr | fp16 | 0.552 | 5.52 | 3× | 250 | 2.5× | 300 |"
+    assert lines[5] == "| deformable-detr, in float32 (!) | fp16 | 0.552 | 5.52 | 3× | 250 | 2.5× | 300 |"
 
 
 def test_the_full_table_has_every_figure_with_its_quantiles():

@@ -241,4 +241,5 @@ def module_bars(figure: Figure, record: Record) -> None:
     axes[0].set_yticks([tick for tick, _ in ticks], [text for _, text in ticks], fontsize=9)
     axes[0].set_ylim(position - 0.3, -0.7)
     case = record.cases[0]
-    figure.suptitle(f"A whole attention module, {case.title}, {sizes(case)}", fontsize=11)
+    between = ", " if len(panels) > 1 else "\n"
+    figure.suptitle(f"A whole attention module{between}{case.title}{between}{sizes(case)}", fontsize=11)

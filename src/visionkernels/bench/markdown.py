@@ -97,10 +97,15 @@ def _module_table(rows: Sequence[Row]) -> str:
         times = [_factor(row, mine, lambda r: None if r.forward_backward is None else r.forward_backward.median)]
         memory = [_factor(row, mine, lambda r: r.peak_megabytes)]
         lines.append([
-            row.provider, row.dtype, _time(row, "forward"), stage_time(row, "forward_backward"), *times,
+            _named(row), row.dtype, _time(row, "forward"), stage_time(row, "forward_backward"), *times,
             number(row.peak_megabytes), *memory, number(row.total_megabytes),
         ])  # fmt: skip
     return _table(titles, lines, left=2)
+
+
+def _named(row: Row) -> str:
+    """The provider, and what to know about its figures."""
+    return f"{row.provider}{', in float32' if row.widened else ''}{f' {WRONG}' if row.wrong else ''}"
 
 
 def _same(one: Row, other: Row) -> bool:

@@ -177,9 +177,7 @@ def measure(
     """
     device, wanted = inputs.query.device, DTYPES[dtype]
     widened = wanted not in provider.dtypes and not provider.packed
-    notes = [provider.note] if provider.note else []
-    row = Row(case.name, provider.name, dtype, provider.ours, truth.limit)
-    row.note = "; ".join([*notes, "operator in float32"] if widened else notes)
+    row = Row(case.name, provider.name, dtype, provider.ours, truth.limit, provider.note, widened)
     row.refused = provider.refuses(case, torch.float32 if widened else wanted, device)
     if row.refused is not None:
         return row

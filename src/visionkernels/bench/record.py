@@ -49,6 +49,7 @@ class Row:
         ours: Whether the provider is this package.
         limit: Largest relative error of a right answer.
         note: What to know about the provider.
+        widened: Whether the provider lacks the dtype, so that a module runs its operator in float32.
         refused: Why the provider cannot run this case.
         failed: The exception that ended the row: ``stage``, ``error`` and ``message``.
         error_forward: Relative error of the output against float64.
@@ -72,6 +73,7 @@ class Row:
     ours: bool
     limit: float
     note: str = ""
+    widened: bool = False
     refused: str | None = None
     failed: dict[str, str] | None = None
     error_forward: float | None = None

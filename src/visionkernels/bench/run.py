@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -15,7 +17,7 @@ from visionkernels.bench.cases import SUITES, Case, default_cases, draw
 from visionkernels.bench.environment import environment
 from visionkernels.bench.measure import DTYPES, DeviceLost, measure
 from visionkernels.bench.providers import PROVIDERS, Provider
-from visionkernels.bench.record import Record, Row, check_directory, save
+from visionkernels.bench.record import Record, Row, check_directory, load, save
 from visionkernels.bench.wording import describe
 from visionkernels.detection import find_device
 from visionkernels.errors import UserError
@@ -35,6 +37,7 @@ class Options:
         quick: Measure for a shorter time.
         save: Directory for the result files.
         device: ``cpu``, ``cuda`` or ``cuda:<index>``: by default a GPU if there is one.
+        resume: Go on with the result files in ``save``.
     """
 
     suites: Sequence[str] | None = None
@@ -44,6 +47,15 @@ class Options:
     quick: bool = False
     save: Path | None = None
     device: str | None = None
+    resume: bool = False
+
+    def arguments(self) -> list[str]:
+        """The command line that says the same."""
+        lists = {"suite": self.suites, "dtype": self.dtypes, "against": self.against, "case": self.cases}
+        words = [word for name, values in lists.items() if values is not None for word in (f"--{name}", *values)]
+        single = {"save": self.save, "device": self.device}
+        words += [word for name, value in single.items() if value is not None for word in (f"--{name}", str(value))]
+        return ["bench", *words, *(f"--{name}" for name in ("quick", "resume") if getattr(self, name))]
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ def run(options: Options) -> int:
         The exit code: 1 if an answer of this package's is beyond the limit of error or an exception.
 
     Raises:
-        UserError: If an option cannot be used, or a peer left the GPU unusable.
+        UserError: If an option cannot be used, or a peer left the GPU unusable and nothing is saved.
     """
     suites = _pick("suite", options.suites or list(SUITES), SUITES)
     device = find_device(options.device)
@@ -74,6 +86,8 @@ def run(options: Options) -> int:
     providers, absent = _pick_providers(options)
     if options.save is not None:
         check_directory(options.save)
+    elif options.resume:
+        raise UserError("resume: needs --save, the directory of the files to go on with")
     if not terminal.HAS_RICH:
         print(f"visionkernels: {terminal.NEEDS_EXTRA}", file=sys.stderr)
     effort = timing.QUICK if options.quick else timing.GPU if device.type == "cuda" else timing.CPU
@@ -85,7 +99,12 @@ def run(options: Options) -> int:
             planned = [_with_providers(case, dtype, providers, options) for case, dtype in jobs[suite]]
             cases = list(dict.fromkeys(job.case for job in planned))
             record = Record(suite, options.quick, conditions, cases, absent, roofs=roofs, flushed=device.type == "cuda")
-            _run_suite(record, planned, device, effort, options.save)
+            if options.resume:
+                _resume(record, options.save)
+            try:
+                _run_suite(record, planned, device, effort, options.save)
+            except DeviceLost as error:
+                _start_anew(error, options)
             files += [] if options.save is None else [str(options.save / f"{record.stem}.json")]
             terminal.print_tables(record)
             records.append(record)
@@ -101,19 +120,54 @@ def _run_suite(
 ) -> None:
     with terminal.progress(sum(len(job.providers) for job in jobs)) as reporter:
         for job in jobs:
+            done = {row.provider for row in record.rows if (row.case, row.dtype) == (job.case.name, job.dtype)}
+            rest = replace(job, providers=[provider for provider in job.providers if provider.name not in done])
+            if not rest.providers:
+                continue
             try:
-                for row in _rows(record.suite, job, device, effort, reporter):
+                for row in _rows(record.suite, rest, device, effort, reporter):
                     record.rows.append(row)
             except DeviceLost as error:
                 record.rows.append(error.row)
-                saved = _save(record, directory)
-                rest = f"what was measured is in {saved}" if saved else "with --save, what was measured would be kept"
-                raise UserError(f"{error}; {rest}; measure the others with --against") from error
-            _save(record, directory)
+                raise
+            finally:
+                _save(record, directory)
             if device.type == "cuda":
                 torch.cuda.empty_cache()  # what one case leaves cached is not to be missing in the next
     record.complete = True
     _save(record, directory)
+
+
+def _resume(record: Record, directory: Path | None) -> None:
+    """Take over the rows of an earlier run.
+
+    Raises:
+        UserError: If that run measured something else.
+    """
+    path = None if directory is None else directory / f"{record.stem}.json"
+    if path is None or not path.exists():
+        return
+    earlier = load(path)
+    now, then = record.environment, earlier.environment
+    if (now.versions, now.commit) != (then.versions, then.commit):
+        raise UserError(f"resume: {path} is of other versions or another commit; leave out --resume to measure anew")
+    record.rows = earlier.rows
+
+
+def _start_anew(error: DeviceLost, options: Options) -> NoReturn:
+    """Measure the rest in a fresh process, since a lost GPU stays lost to this one.
+
+    Raises:
+        UserError: If the rows measured so far are in no file.
+    """
+    if options.save is None:
+        raise UserError(
+            f"{error}; with --save the rest would be measured, or name the others with --against"
+        ) from error
+    print(f"visionkernels: {error}: going on in a fresh process", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    command = [sys.executable, "-m", "visionkernels", *replace(options, resume=True).arguments()]
+    os.execv(sys.executable, command)
 
 
 def _save(record: Record, directory: Path | None) -> Path | None:

@@ -55,6 +55,7 @@ def remarks(record: Record) -> list[str]:
             failed = f"{row.failed['stage']} failed, {row.failed['error']}: {row.failed['message']}"
             lines.append(f"{row.provider}, {row.case}, {row.dtype}: {failed}")
     lines += [f"{row.provider}: {row.note}" for row in record.rows if row.note and row.refused is None]
+    lines += [f"{row.provider}, {row.dtype}: its operator in float32" for row in record.rows if row.widened]
     if any(row.wrong for row in record.rows):
         lines.append(f"{WRONG} the error is beyond that of a right answer at this dtype")
     return list(dict.fromkeys(lines))
