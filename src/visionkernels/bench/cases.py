@@ -32,7 +32,7 @@ class Case:
             are slow to start.
 
     Example:
-        >>> CASES["rtdetr-decoder"].pixels
+        >>> CASES["rtdetr-n1"].pixels
         8400
     """
 
