@@ -1,5 +1,7 @@
 """The binned gradient of the value against the float64 reference; under Triton's interpreter, or on a GPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import (
@@ -191,16 +193,61 @@ def test_deterministic_sums_do_not_depend_on_the_order_of_programs(place):
         assert torch.equal(grad_value(problem, grad_output, True, options=options), first)
 
 
-def test_what_it_applies_to():
+def test_a_gradient_that_is_not_finite_reaches_its_four_pixels_only(place):
+    """As everywhere else: a product of matrices would spread it over the bin."""
+    from visionkernels.ops.deformable_attention.binned import grad_value
+
+    case = Case(shapes=((9, 9),), batch=1, queries=40, heads=1, num_points=1, head_dim=8)
+    value, locations, weights = (t.detach() for t in make_inputs(case, place))
+    grad_output = torch.randn(1, 40, 8, device=place)
+    locations[0, 7] = torch.tensor([5.25, 3.5], device=place) / 9  # pixels 4 and 5 of rows 3 and 2, their middles
+    expected = grad_value(problem_of(case, value, locations, weights), grad_output, options=small())
+    grad_output[0, 7, 3] = torch.nan
+    grad_output[0, 7, 5] = torch.inf
+    got = grad_value(problem_of(case, value, locations, weights), grad_output, options=small()).view(9, 9, 8)
+    broken = torch.zeros(9, 9, 8, dtype=torch.bool, device=place)
+    broken[2:4, 4:6, 3] = broken[2:4, 4:6, 5] = True
+    assert torch.equal(~got.isfinite(), broken)
+    torch.testing.assert_close(got[~broken], expected.view(9, 9, 8)[~broken])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["plain", "fused"])
+def test_counting_on_the_way(kind):
+    """A whole backward, in which the points' kernel counts; against the one that adds by atomics."""
+    from visionkernels.ops.deformable_attention import binned, launch
+
+    case = replace(USUAL, queries=400, head_dim=32, masked=kind == "fused")
+    references, mask = None, None
+    if kind == "plain":
+        value, points, weights = make_inputs(case, "cuda")
+    else:
+        (value, references, points, weights), mask = make_fused_inputs(case, "cuda")
+    for in_memory in (False, True):
+        problem = problem_of(case, value, points, weights, references, mask, in_memory)
+        output = launch.forward(problem)
+        arguments = (torch.randn_like(output), output if kind == "fused" else None, True, True, kind == "fused")
+        expected = launch.backward(problem, *arguments)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(binned, "pays", lambda problem: True)
+            patch.setattr(binned, "SAMPLES_PER_PASS", 1)  # an image at a time
+            for one, other in zip(launch.backward(problem, *arguments), expected, strict=True):
+                assert (one is None) == (other is None)
+                if one is not None:
+                    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_possible_and_what_pays():
     pytest.importorskip("triton", reason="Triton is not installed")
-    from visionkernels.ops.deformable_attention.binned import applies
+    from visionkernels.ops.deformable_attention.binned import MIN_SAMPLES, pays, possible
 
     many = Case(shapes=((3, 3),), queries=30)
-    assert applies(problem_of(many, *make_inputs(many)))
-    assert not applies(problem_of(many, *make_inputs(many))._replace(method="nearest"))
-    for case in (
-        Case(shapes=((30, 30),), queries=30),
-        Case(shapes=((3, 3),), queries=30, dtype=torch.float64),
-        Case(shapes=((3, 3),), queries=30, head_dim=256),
-    ):
-        assert not applies(problem_of(case, *make_inputs(case)))
+    assert possible(problem_of(many, *make_inputs(many)))
+    assert not possible(problem_of(many, *make_inputs(many))._replace(method="nearest"))
+    for case in (replace(many, dtype=torch.float64), replace(many, head_dim=256), replace(many, queries=0)):
+        assert not possible(problem_of(case, *make_inputs(case)))
+    assert not pays(problem_of(many, *make_inputs(many)))
+    enough = replace(many, batch=1, queries=1 + MIN_SAMPLES // (many.heads * 4), num_points=4)
+    assert pays(problem_of(enough, *make_inputs(enough)))
+    image = replace(enough, shapes=((2 * enough.queries, 1),))
+    assert not pays(problem_of(image, *make_inputs(image)))

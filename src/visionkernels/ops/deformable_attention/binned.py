@@ -19,7 +19,9 @@ from visionkernels.ops.deformable_attention.problem import Problem
 
 MAX_INT32 = 2**31 - 1
 MAX_HEAD_DIM = 128  # the sums of 16 pixels stay in one warp's registers
-SAMPLES_PER_PIXEL = 4  # of one head, from which sorting them pays
+SAMPLES_PER_PIXEL = 4  # of one head, from which sorting them pays,
+MIN_SAMPLES = 2**20  # unless they are so few that launches take most of the time
+SAMPLES_PER_PASS = 2**24  # bounds the temporary memory, 16 bytes a sample, where one image has no more
 PLAN_BLOCK = 256
 PROGRAMS_OF_UNKNOWN = 16384  # that share the items, where their number is not known
 
@@ -38,37 +40,63 @@ class Options(NamedTuple):
     programs: int | None = None  # of the matrix products; None: one an item
 
 
-def applies(problem: Problem) -> bool:
-    """Whether ``grad_value`` can do this problem, and is expected to be faster than one atomic a corner."""
+class Counters(NamedTuple):
+    """What the first kernel finds, for all images."""
+
+    counts: Tensor  # [N, M, bins of a head] int32: samples of each bin
+    ranks: Tensor  # [N, Lq, M, K] int32: each sample's number among those of its bin
+    num_bins: int  # of a head
+
+
+def possible(problem: Problem) -> bool:
+    """Whether ``grad_value`` can do this problem."""
     value, points = problem.value, problem.points
     batch, num_pixels, num_heads, head_dim = value.shape
     tensors = (value, points, problem.weights, problem.reference_points)
     if problem.method != "bilinear" or any(t is not None and t.dtype == torch.float64 for t in tensors):
         return False
-    samples = points.shape[1] * sum(problem.num_points)  # of one head
+    samples = points.shape[1] * sum(problem.num_points) * num_heads
     reach = max(
-        samples * num_heads * 4,
-        batch * num_heads * _bins_of_a_head(problem),
+        samples * 4,
+        batch * num_heads * bins_of_a_head(problem),
         points.shape[1] * num_heads * head_dim,
         num_pixels,
     )
-    return head_dim <= MAX_HEAD_DIM and reach <= MAX_INT32 and samples >= SAMPLES_PER_PIXEL * num_pixels
+    return value.numel() > 0 and samples > 0 and head_dim <= MAX_HEAD_DIM and reach <= MAX_INT32
+
+
+def pays(problem: Problem) -> bool:
+    """Whether ``grad_value`` is expected to be faster than one atomic a corner: samples outnumber the pixels."""
+    batch, num_queries, num_heads = problem.points.shape[:3]
+    samples = num_queries * sum(problem.num_points)
+    return samples >= SAMPLES_PER_PIXEL * problem.value.shape[1] and batch * num_heads * samples >= MIN_SAMPLES
+
+
+def new_counters(problem: Problem) -> Counters:
+    """Counters at zero, and ranks that are not set."""
+    batch, num_queries, num_heads = problem.points.shape[:3]
+    device, num_bins = problem.value.device, bins_of_a_head(problem)
+    counts = torch.zeros(batch, num_heads, num_bins, dtype=torch.int32, device=device)
+    shape = (batch, num_queries, num_heads, sum(problem.num_points))
+    return Counters(counts, torch.empty(shape, dtype=torch.int32, device=device), num_bins)
 
 
 def grad_value(
     problem: Problem,
     grad_output: Tensor,
     deterministic: bool = False,
+    counters: Counters | None = None,
     images_per_pass: int | None = None,
     options: Options | None = None,
 ) -> Tensor:
     """The gradient of the value of bilinear sampling.
 
     Args:
-        problem: the forward's inputs, none of them float64; on one device.
+        problem: the forward's inputs, which are ``possible``; on one device.
         grad_output: ``[N, Lq, M * D]`` or ``[N, Lq, M, D]``, any strides.
         deterministic: bit-identical run to run, by a stable sort and without any atomic sum.
-        images_per_pass: images whose samples are sorted at a time; bounds the temporary memory of 20 bytes a sample.
+        counters: of this problem, where another kernel has counted; used up.
+        images_per_pass: images whose samples are sorted at a time.
         options: how the work is cut.
 
     Returns:
@@ -77,28 +105,36 @@ def grad_value(
     options = options or Options()
     value, points = problem.value, problem.points
     batch = value.shape[0]
-    partial = deterministic or options.gather
-    dtype = value.dtype if partial else torch.float32
     if not (value.numel() and points.shape[1] and sum(problem.num_points)):
-        return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+        return torch.zeros_like(value, memory_format=torch.contiguous_format)
+    partial = deterministic or options.gather
     allocate = torch.empty if partial else torch.zeros
-    gradient = allocate(value.shape, dtype=dtype, device=value.device)
+    gradient = allocate(value.shape, dtype=value.dtype if partial else torch.float32, device=value.device)
     grad_output = grad_output.contiguous()
-    images = _images_of_a_pass(problem, images_per_pass or batch)
+    samples = points.shape[1] * points.shape[2] * sum(problem.num_points)  # of an image
+    images = images_per_pass or max(1, SAMPLES_PER_PASS // samples)
     with torch.cuda.device(value.device) if value.device.type == "cuda" else nullcontext():
         for first in range(0, batch, images):
             part = slice(first, first + images)
-            _pass(_slice(problem, part), grad_output[part], gradient[part], deterministic, options)
+            counted = None if counters is None else Counters(counters.counts[part], counters.ranks[part], 0)
+            _pass(_slice(problem, part), grad_output[part], gradient[part], deterministic, counted, options)
     return gradient.to(value.dtype)
 
 
-def _pass(problem: Problem, grad_output: Tensor, gradient: Tensor, deterministic: bool, options: Options) -> None:
+def _pass(
+    problem: Problem,
+    grad_output: Tensor,
+    gradient: Tensor,
+    deterministic: bool,
+    counters: Counters | None,
+    options: Options,
+) -> None:
     """All kernels over all images of ``problem``."""
     value, points = problem.value, problem.points
     device = value.device
     batch, num_pixels, num_heads, head_dim = value.shape
     num_queries = points.shape[1]
-    num_bins = _bins_of_a_head(problem)
+    num_bins = bins_of_a_head(problem)
     all_bins = batch * num_heads * num_bins
     samples = batch * num_queries * num_heads * sum(problem.num_points)
     partial = deterministic or options.gather
@@ -108,19 +144,18 @@ def _pass(problem: Problem, grad_output: Tensor, gradient: Tensor, deterministic
     in_memory = problem.spatial_shapes is not None
     mask = None if problem.value_mask is None else problem.value_mask.contiguous().view(torch.uint8)
     scalars = (batch, num_pixels, num_queries, num_bins)
-    # The counters and the two cursors behind them are filled with zeros at a time.
-    counters = torch.zeros((0 if deterministic else all_bins) + 2, dtype=torch.int32, device=device)
-    counts, cursor = counters[:-2], counters[-2:]
-    ranks = torch.empty(samples, dtype=torch.int32, device=device)
-    sampling_arguments = _sampling_arguments(problem, options, deterministic)
-    points = problem.points.contiguous()
+    points, weights = problem.points.contiguous(), problem.weights.contiguous()
     references = None if problem.reference_points is None else problem.reference_points.contiguous()
-    grid = (batch * triton.cdiv(num_queries * num_heads, sampling_arguments[-3]),)
-    binned_samples._count_kernel[grid](
-        counts, ranks, shapes, points, references, *scalars, *sampling_arguments, num_warps=options.sample_warps
-    )
+    constants = _sampling_constants(problem, options, deterministic)
+    grid = (batch * triton.cdiv(num_queries * num_heads, constants[-3]),)
+    counts, ranks, _ = counters or new_counters(problem)
+    if counters is None:
+        binned_samples._count_kernel[grid](
+            counts, ranks, shapes, points, references, *scalars, *constants, num_warps=options.sample_warps
+        )
     if deterministic:
-        ranks, counts = _sorted_places(ranks, all_bins)
+        ranks, counts = _sorted_places(ranks.flatten(), all_bins)
+    cursor = torch.zeros(2, dtype=torch.int32, device=device)
     item_list = torch.empty(items, 8, dtype=torch.int32, device=device)
     first_items = torch.empty(2, all_bins, dtype=torch.int32, device=device) if partial else None
     kernels._plan_kernel[(triton.cdiv(all_bins, PLAN_BLOCK),)](
@@ -129,8 +164,8 @@ def _pass(problem: Problem, grad_output: Tensor, gradient: Tensor, deterministic
     )  # fmt: skip
     records = torch.empty(samples, 4, dtype=torch.int32, device=device)
     binned_samples._scatter_kernel[grid](
-        records, counts, ranks, shapes, points, problem.weights.contiguous(), references,
-        *scalars, *sampling_arguments, num_warps=options.sample_warps,
+        records, counts, ranks, shapes, points, weights, references,
+        *scalars, *constants, num_warps=options.sample_warps,
     )  # fmt: skip
     sums = torch.empty(items, 16, block_d, dtype=torch.float32, device=device) if partial else gradient
     # The bound on the bins of shapes in device memory is four times what they commonly are.
@@ -158,7 +193,7 @@ def _sorted_places(bins: Tensor, all_bins: int) -> tuple[Tensor, Tensor]:
     return places, torch.searchsorted(ordered, edges, out_int32=True)
 
 
-def _sampling_arguments(problem: Problem, options: Options, deterministic: bool) -> tuple[Any, ...]:
+def _sampling_constants(problem: Problem, options: Options, deterministic: bool) -> tuple[Any, ...]:
     """The constants of the kernels that locate samples, in the order of their parameters."""
     points, references, num_points = problem.points, problem.reference_points, problem.num_points
     block_k = triton.next_power_of_2(sum(num_points))
@@ -180,7 +215,7 @@ def _sampling_arguments(problem: Problem, options: Options, deterministic: bool)
     )
 
 
-def _bins_of_a_head(problem: Problem) -> int:
+def bins_of_a_head(problem: Problem) -> int:
     """Bins of all levels of one head; for shapes in device memory the most that they can have.
 
     A level of w x h pixels has at most (w / 3 + 1)(h / 3 + 1) bins, and w + h is at most w h + 1, so there are no more
@@ -191,13 +226,6 @@ def _bins_of_a_head(problem: Problem) -> int:
     sizes = problem.level_sizes
     levels = zip(sizes[::2], sizes[1::2], strict=True)
     return max(1, sum(((h + 3) // 3) * ((w + 3) // 3) for h, w in levels if h and w))
-
-
-def _images_of_a_pass(problem: Problem, images: int) -> int:
-    """At most ``images``, and no more than int32 can number the samples and counters of."""
-    _, num_queries, num_heads = problem.points.shape[:3]
-    image = max(num_queries * sum(problem.num_points), _bins_of_a_head(problem)) * num_heads
-    return max(1, min(images, MAX_INT32 // max(1, image)))
 
 
 def _slice(problem: Problem, part: slice) -> Problem:

@@ -29,6 +29,20 @@ def level_bins(height, width):
 
 
 @triton.jit
+def bins_of_sample(k, heights, widths, first: tl.constexpr, GROUP: tl.constexpr, FIRST_POINT: tl.constexpr):
+    """For samples ``k`` = first ... first + GROUP - 1: bins a row of their level, and bins of the levels before it."""
+    per_row = ()
+    before = ()
+    total = 0
+    for level in tl.static_range(len(FIRST_POINT)):
+        bins_x, bins = level_bins(heights[level], widths[level])
+        per_row = per_row + (bins_x,)
+        before = before + (total,)
+        total += bins
+    return of_sample(k, per_row, first, GROUP, FIRST_POINT), of_sample(k, before, first, GROUP, FIRST_POINT)
+
+
+@triton.jit
 def _locate_in_bins(
     shapes, point_ptr, reference_ptr, offs_row, offs_k, mask, first_bin,
     NUM_HEADS: tl.constexpr, NUM_LEVELS: tl.constexpr, NUM_SAMPLES: tl.constexpr, NUM_POINTS: tl.constexpr,
@@ -37,14 +51,6 @@ def _locate_in_bins(
 ):  # fmt: skip
     """Of samples [ROWS, BLOCK_K]: bin, (x, y) from the bin's first pixel, and whether the sample counts."""
     heights, widths, _starts, levels = levels_of(shapes, NUM_LEVELS, SHAPES_IN_MEMORY)
-    per_row = ()
-    before = ()
-    total = 0
-    for level in tl.static_range(NUM_LEVELS):
-        bins_x, bins = level_bins(heights[level], widths[level])
-        per_row = per_row + (bins_x,)
-        before = before + (total,)
-        total += bins
     height = of_sample(offs_k, heights, 0, BLOCK_K, FIRST_POINT)
     width = of_sample(offs_k, widths, 0, BLOCK_K, FIRST_POINT)
     level = of_sample(offs_k, levels, 0, BLOCK_K, FIRST_POINT)
@@ -57,13 +63,13 @@ def _locate_in_bins(
         reference_ptrs, mask, height, width, num_points, ALIGN_CORNERS, REFERENCE_SIZE
     )
     x, y = load_xy(point_ptr, offs_row * NUM_SAMPLES + offs_k, mask, tl.float32, XY_IN_ONE_WORD)
-    x0, fraction_x, in_x0, in_x1, _slope_x = locate(x * scale_x + center_x, width, BORDER, False)
-    y0, fraction_y, in_y0, in_y1, _slope_y = locate(y * scale_y + center_y, height, BORDER, False)
+    x0, fraction_x, in_x0, in_x1, _slope_x = locate(tl.fma(x, scale_x, center_x), width, BORDER, False)
+    y0, fraction_y, in_y0, in_y1, _slope_y = locate(tl.fma(y, scale_y, center_y), height, BORDER, False)
     counts = mask & (in_x0 | in_x1) & (in_y0 | in_y1)
     bin_x = (x0 + 1) // 3
     bin_y = (y0 + 1) // 3
-    bins = first_bin + of_sample(offs_k, before, 0, BLOCK_K, FIRST_POINT)
-    bins += bin_y * of_sample(offs_k, per_row, 0, BLOCK_K, FIRST_POINT) + bin_x
+    bins_x, before = bins_of_sample(offs_k, heights, widths, 0, BLOCK_K, FIRST_POINT)
+    bins = first_bin + before + bin_y * bins_x + bin_x
     x = (x0 + 1 - 3 * bin_x).to(tl.float32) + fraction_x
     y = (y0 + 1 - 3 * bin_y).to(tl.float32) + fraction_y
     return bins, x, y, counts

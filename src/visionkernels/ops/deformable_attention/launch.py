@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visionkernels.ops.deformable_attention import binned
 from visionkernels.ops.deformable_attention.plan import (
     Needs,
+    has_points_kernel,
+    has_warp_instructions,
     inputs_of,
     on_device,
     plan_of,
     run,
     shapes_argument,
-    split,
 )
 from visionkernels.ops.deformable_attention.problem import Problem
 
@@ -68,24 +70,47 @@ def backward(
         grad_weights = allocate(weights.shape, dtype=weights.dtype, device=device)
     if needs.reference and references is not None:  # a part for each head: atomics would add in no order
         parts = allocate((*points.shape[:3], *references.shape[2:]), dtype=dtype, device=device)
-    if needs.value:
-        _alert_not_deterministic()
-        grad_value = torch.zeros(value.shape, dtype=dtype, device=device)
     if works:
-        grad_output = grad_output.contiguous()
-        for part in split(problem, grad_output, output, needs):
-            gradients = (
-                grad_value if part.value else None,
-                *((grad_points, grad_weights) if part.points else (None, None)),
-                parts if part.reference else None,
-            )
-            run(problem, (*gradients, grad_output, output), part)
-    if grad_value is not None:
-        grad_value = grad_value.to(value.dtype)
+        buffers = (grad_points, grad_weights, parts, grad_output.contiguous(), output)
+        grad_value = _launch_backward(problem, buffers, needs)
+    elif needs.value:
+        grad_value = torch.zeros(value.shape, dtype=value.dtype, device=device)
     grad_references = None
     if parts is not None and references is not None:
         grad_references = parts.sum(2).to(references.dtype)
     return grad_value, grad_points, grad_weights, grad_references
+
+
+def _launch_backward(problem: Problem, buffers: tuple[Tensor | None, ...], needs: Needs) -> Tensor | None:
+    """Fill ``buffers``, all but ``grad_output`` and ``output`` behind them, and return the value's gradient.
+
+    Where samples outnumber pixels, or the sums must have an order, the value's gradient is binned.
+    """
+    value, grad_output, output = problem.value, buffers[3], buffers[4]
+    assert grad_output is not None
+    points = needs._replace(value=False)
+    own_kernel = needs.points and has_points_kernel(problem, grad_output, output, needs)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if needs.value and has_warp_instructions(value.device) and binned.possible(problem):  # noqa: SIM102
+        if deterministic or binned.pays(problem):
+            counters = None
+            if own_kernel and not deterministic:
+                counters = binned.new_counters(problem)
+                points = points._replace(counts=True)
+            if needs.points:
+                run(problem, (None, *buffers), points, counters)
+            return binned.grad_value(problem, grad_output, deterministic, counters)
+    grad_value = None
+    if needs.value:
+        if value.numel():
+            _alert_not_deterministic()
+        grad_value = torch.zeros(value.shape, dtype=_accumulator(problem), device=value.device)
+    if grad_value is not None and own_kernel:
+        run(problem, (grad_value, None, None, None, grad_output, output), Needs(True, False, False))
+        run(problem, (None, *buffers), points)
+    else:
+        run(problem, (grad_value, *buffers), needs)
+    return None if grad_value is None else grad_value.to(value.dtype)
 
 
 def repeat(problem: Problem) -> Callable[..., Tensor] | None:
@@ -131,8 +156,9 @@ def _alert_not_deterministic() -> None:
     if not torch.are_deterministic_algorithms_enabled():
         return
     message = (
-        "the backward of ms_deform_attn on CUDA sums the value's gradient with atomics and has no deterministic "
-        "implementation; call torch.use_deterministic_algorithms(False), or pass warn_only=True"
+        "the backward of ms_deform_attn on CUDA has no deterministic implementation for float64, nearest sampling, heads "
+        "of more than 128 channels or GPUs that are not NVIDIA's; call torch.use_deterministic_algorithms(False), or "
+        "pass warn_only=True"
     )
     if not torch.is_deterministic_algorithms_warn_only_enabled():
         raise RuntimeError(message)

@@ -204,7 +204,8 @@ def affine_of_sample(
 ):
     """``affine`` for both axes, where the level is a matter of the lane: scales and centers, x first.
 
-    ``reference_ptr`` points to the reference point of each sample.
+    ``reference_ptr`` points to the reference point of each sample. Sums of products are written as such, here and in
+    the pixel that the callers make of them: compiled into different kernels, they must not be rounded differently.
     """
     pixels_x = (width - 1).to(tl.float32) if ALIGN_CORNERS else width.to(tl.float32)
     pixels_y = (height - 1).to(tl.float32) if ALIGN_CORNERS else height.to(tl.float32)
@@ -213,8 +214,8 @@ def affine_of_sample(
     center_x = pixels_x * 0 - (0.0 if ALIGN_CORNERS else 0.5)
     center_y = center_x
     if REFERENCE_SIZE > 0:
-        center_x += tl.load(reference_ptr, mask=mask_row, other=0).to(tl.float32) * pixels_x
-        center_y += tl.load(reference_ptr + 1, mask=mask_row, other=0).to(tl.float32) * pixels_y
+        center_x = tl.fma(tl.load(reference_ptr, mask=mask_row, other=0).to(tl.float32), pixels_x, center_x)
+        center_y = tl.fma(tl.load(reference_ptr + 1, mask=mask_row, other=0).to(tl.float32), pixels_y, center_y)
     if REFERENCE_SIZE == 2:
         scale_x = pixels_x / tl.maximum(width, 1).to(tl.float32)
         scale_y = pixels_y / tl.maximum(height, 1).to(tl.float32)

@@ -149,8 +149,8 @@ def _forward_warp_kernel(
         scale_x, center_x, scale_y, center_y = affine_of_sample(
             reference_ptrs, mask_row, height, width, num_points, ALIGN_CORNERS, REFERENCE_SIZE
         )
-        column, weight_x0, weight_x1, both_x, any_x, _, _ = axis_of_sample(x * scale_x + center_x, width, BORDER)
-        row, weight_y0, weight_y1, both_y, any_y, _, _ = axis_of_sample(y * scale_y + center_y, height, BORDER)
+        column, weight_x0, weight_x1, both_x, any_x, _, _ = axis_of_sample(tl.fma(x, scale_x, center_x), width, BORDER)
+        row, weight_y0, weight_y1, both_y, any_y, _, _ = axis_of_sample(tl.fma(y, scale_y, center_y), height, BORDER)
         offs_pixel = start + row * width + column
         flags = corners_that_count(offs_pixel, width, any_x, both_x, any_y, both_y, mask_ptr, HAS_MASK)
         # A corner that does not count adds 0, whatever the weight is.
