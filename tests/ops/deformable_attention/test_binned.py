@@ -200,7 +200,7 @@ def test_a_gradient_that_is_not_finite_reaches_its_four_pixels_only(place):
     case = Case(shapes=((9, 9),), batch=1, queries=40, heads=1, num_points=1, head_dim=8)
     value, locations, weights = (t.detach() for t in make_inputs(case, place))
     grad_output = torch.randn(1, 40, 8, device=place)
-    locations[0, 7] = torch.tensor([5.25, 3.5], device=place) / 9  # pixels 4 and 5 of rows 3 and 2, their middles
+    locations[0, 7] = torch.tensor([5.25, 3.0], device=place) / 9  # columns 4 and 5 of rows 2 and 3
     expected = grad_value(problem_of(case, value, locations, weights), grad_output, options=small())
     grad_output[0, 7, 3] = torch.nan
     grad_output[0, 7, 5] = torch.inf
@@ -213,8 +213,8 @@ def test_a_gradient_that_is_not_finite_reaches_its_four_pixels_only(place):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["plain", "fused"])
-def test_counting_on_the_way(kind):
-    """A whole backward, in which the points' kernel counts; against the one that adds by atomics."""
+def test_a_whole_backward(kind):
+    """All gradients, the value's binned, an image at a time; against the backward that adds by atomics."""
     from visionkernels.ops.deformable_attention import binned, launch
 
     case = replace(USUAL, queries=400, head_dim=32, masked=kind == "fused")

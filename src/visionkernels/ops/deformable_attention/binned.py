@@ -40,14 +40,6 @@ class Options(NamedTuple):
     programs: int | None = None  # of the matrix products; None: one an item
 
 
-class Counters(NamedTuple):
-    """What the first kernel finds, for all images."""
-
-    counts: Tensor  # [N, M, bins of a head] int32: samples of each bin
-    ranks: Tensor  # [N, Lq, M, K] int32: each sample's number among those of its bin
-    num_bins: int  # of a head
-
-
 def possible(problem: Problem) -> bool:
     """Whether ``grad_value`` can do this problem."""
     value, points = problem.value, problem.points
@@ -72,20 +64,10 @@ def pays(problem: Problem) -> bool:
     return samples >= SAMPLES_PER_PIXEL * problem.value.shape[1] and batch * num_heads * samples >= MIN_SAMPLES
 
 
-def new_counters(problem: Problem) -> Counters:
-    """Counters at zero, and ranks that are not set."""
-    batch, num_queries, num_heads = problem.points.shape[:3]
-    device, num_bins = problem.value.device, bins_of_a_head(problem)
-    counts = torch.zeros(batch, num_heads, num_bins, dtype=torch.int32, device=device)
-    shape = (batch, num_queries, num_heads, sum(problem.num_points))
-    return Counters(counts, torch.empty(shape, dtype=torch.int32, device=device), num_bins)
-
-
 def grad_value(
     problem: Problem,
     grad_output: Tensor,
     deterministic: bool = False,
-    counters: Counters | None = None,
     images_per_pass: int | None = None,
     options: Options | None = None,
 ) -> Tensor:
@@ -95,7 +77,6 @@ def grad_value(
         problem: the forward's inputs, which are ``possible``; on one device.
         grad_output: ``[N, Lq, M * D]`` or ``[N, Lq, M, D]``, any strides.
         deterministic: bit-identical run to run, by a stable sort and without any atomic sum.
-        counters: of this problem, where another kernel has counted; used up.
         images_per_pass: images whose samples are sorted at a time.
         options: how the work is cut.
 
@@ -116,19 +97,11 @@ def grad_value(
     with torch.cuda.device(value.device) if value.device.type == "cuda" else nullcontext():
         for first in range(0, batch, images):
             part = slice(first, first + images)
-            counted = None if counters is None else Counters(counters.counts[part], counters.ranks[part], 0)
-            _pass(_slice(problem, part), grad_output[part], gradient[part], deterministic, counted, options)
+            _pass(problem.images(part), grad_output[part], gradient[part], deterministic, options)
     return gradient.to(value.dtype)
 
 
-def _pass(
-    problem: Problem,
-    grad_output: Tensor,
-    gradient: Tensor,
-    deterministic: bool,
-    counters: Counters | None,
-    options: Options,
-) -> None:
+def _pass(problem: Problem, grad_output: Tensor, gradient: Tensor, deterministic: bool, options: Options) -> None:
     """All kernels over all images of ``problem``."""
     value, points = problem.value, problem.points
     device = value.device
@@ -148,14 +121,15 @@ def _pass(
     references = None if problem.reference_points is None else problem.reference_points.contiguous()
     constants = _sampling_constants(problem, options, deterministic)
     grid = (batch * triton.cdiv(num_queries * num_heads, constants[-3]),)
-    counts, ranks, _ = counters or new_counters(problem)
-    if counters is None:
-        binned_samples._count_kernel[grid](
-            counts, ranks, shapes, points, references, *scalars, *constants, num_warps=options.sample_warps
-        )
+    # The counters and the two cursors behind them are filled with zeros at a time.
+    counters = torch.zeros((0 if deterministic else all_bins) + 2, dtype=torch.int32, device=device)
+    counts, cursor = counters[:-2], counters[-2:]
+    ranks = torch.empty(samples, dtype=torch.int32, device=device)
+    binned_samples._count_kernel[grid](
+        counts, ranks, shapes, points, references, *scalars, *constants, num_warps=options.sample_warps
+    )
     if deterministic:
-        ranks, counts = _sorted_places(ranks.flatten(), all_bins)
-    cursor = torch.zeros(2, dtype=torch.int32, device=device)
+        ranks, counts = _sorted_places(ranks, all_bins)
     item_list = torch.empty(items, 8, dtype=torch.int32, device=device)
     first_items = torch.empty(2, all_bins, dtype=torch.int32, device=device) if partial else None
     kernels._plan_kernel[(triton.cdiv(all_bins, PLAN_BLOCK),)](
@@ -226,17 +200,6 @@ def bins_of_a_head(problem: Problem) -> int:
     sizes = problem.level_sizes
     levels = zip(sizes[::2], sizes[1::2], strict=True)
     return max(1, sum(((h + 3) // 3) * ((w + 3) // 3) for h, w in levels if h and w))
-
-
-def _slice(problem: Problem, part: slice) -> Problem:
-    """The problem of some of its images."""
-    return problem._replace(
-        value=problem.value[part],
-        points=problem.points[part],
-        weights=problem.weights[part],
-        reference_points=None if problem.reference_points is None else problem.reference_points[part],
-        value_mask=None if problem.value_mask is None else problem.value_mask[part],
-    )
 
 
 def _shapes(problem: Problem) -> Tensor | tuple[int, ...]:

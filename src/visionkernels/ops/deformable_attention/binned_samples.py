@@ -29,7 +29,7 @@ def level_bins(height, width):
 
 
 @triton.jit
-def bins_of_sample(k, heights, widths, first: tl.constexpr, GROUP: tl.constexpr, FIRST_POINT: tl.constexpr):
+def _bins_of_sample(k, heights, widths, first: tl.constexpr, GROUP: tl.constexpr, FIRST_POINT: tl.constexpr):
     """For samples ``k`` = first ... first + GROUP - 1: bins a row of their level, and bins of the levels before it."""
     per_row = ()
     before = ()
@@ -68,7 +68,7 @@ def _locate_in_bins(
     counts = mask & (in_x0 | in_x1) & (in_y0 | in_y1)
     bin_x = (x0 + 1) // 3
     bin_y = (y0 + 1) // 3
-    bins_x, before = bins_of_sample(offs_k, heights, widths, 0, BLOCK_K, FIRST_POINT)
+    bins_x, before = _bins_of_sample(offs_k, heights, widths, 0, BLOCK_K, FIRST_POINT)
     bins = first_bin + before + bin_y * bins_x + bin_x
     x = (x0 + 1 - 3 * bin_x).to(tl.float32) + fraction_x
     y = (y0 + 1 - 3 * bin_y).to(tl.float32) + fraction_y

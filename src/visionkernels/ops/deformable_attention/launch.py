@@ -22,6 +22,8 @@ from visionkernels.ops.deformable_attention.plan import (
 )
 from visionkernels.ops.deformable_attention.problem import Problem
 
+CACHE_BYTES = 40 * 2**20  # of an L2 cache of 50 MB, an H200's
+
 
 def forward(problem: Problem) -> Tensor:
     """Launch the forward kernel. Returns ``[N, Lq, M * D]`` in the value's dtype."""
@@ -89,28 +91,36 @@ def _launch_backward(problem: Problem, buffers: tuple[Tensor | None, ...], needs
     value, grad_output, output = problem.value, buffers[3], buffers[4]
     assert grad_output is not None
     points = needs._replace(value=False)
-    own_kernel = needs.points and has_points_kernel(problem, grad_output, output, needs)
     deterministic = torch.are_deterministic_algorithms_enabled()
     if needs.value and has_warp_instructions(value.device) and binned.possible(problem):  # noqa: SIM102
         if deterministic or binned.pays(problem):
-            counters = None
-            if own_kernel and not deterministic:
-                counters = binned.new_counters(problem)
-                points = points._replace(counts=True)
             if needs.points:
-                run(problem, (None, *buffers), points, counters)
-            return binned.grad_value(problem, grad_output, deterministic, counters)
-    grad_value = None
-    if needs.value:
-        if value.numel():
-            _alert_not_deterministic()
+                run(problem, (None, *buffers), points)
+            return binned.grad_value(problem, grad_output, deterministic)
+    if needs.value and deterministic and value.numel():
+        _alert_not_deterministic()
+    if needs.value and needs.points and not has_points_kernel(problem, grad_output, output, needs):
         grad_value = torch.zeros(value.shape, dtype=_accumulator(problem), device=value.device)
-    if grad_value is not None and own_kernel:
-        run(problem, (grad_value, None, None, None, grad_output, output), Needs(True, False, False))
-        run(problem, (None, *buffers), points)
-    else:
         run(problem, (grad_value, *buffers), needs)
-    return None if grad_value is None else grad_value.to(value.dtype)
+        return grad_value.to(value.dtype)
+    if needs.points:
+        run(problem, (None, *buffers), points)
+    return _atomic_grad_value(problem, grad_output, output) if needs.value else None
+
+
+def _atomic_grad_value(problem: Problem, grad_output: Tensor, output: Tensor | None) -> Tensor:
+    """The value's gradient alone, as many images at a time as the sums of which stay in the L2 cache."""
+    value, dtype = problem.value, _accumulator(problem)
+    gradient = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    images = max(1, CACHE_BYTES // max(1, value[0].numel() * dtype.itemsize))
+    for first in range(0, value.shape[0], images):
+        part = slice(first, first + images)
+        sums = gradient[part].zero_() if value.dtype == dtype else torch.zeros_like(gradient[part], dtype=dtype)
+        outputs = (grad_output[part], None if output is None else output[part])
+        run(problem.images(part), (sums, None, None, None, *outputs), Needs(True, False, False))
+        if value.dtype != dtype:
+            gradient[part] = sums
+    return gradient
 
 
 def repeat(problem: Problem) -> Callable[..., Tensor] | None:
@@ -153,12 +163,10 @@ def _accumulator(problem: Problem) -> torch.dtype:
 
 def _alert_not_deterministic() -> None:
     """What PyTorch's own operators do under ``torch.use_deterministic_algorithms``."""
-    if not torch.are_deterministic_algorithms_enabled():
-        return
     message = (
-        "the backward of ms_deform_attn on CUDA has no deterministic implementation for float64, nearest sampling, heads "
-        "of more than 128 channels or GPUs that are not NVIDIA's; call torch.use_deterministic_algorithms(False), or "
-        "pass warn_only=True"
+        "the backward of ms_deform_attn on CUDA has no deterministic implementation for float64, nearest sampling, "
+        "heads of more than 128 channels or GPUs that are not NVIDIA's; call "
+        "torch.use_deterministic_algorithms(False), or pass warn_only=True"
     )
     if not torch.is_deterministic_algorithms_warn_only_enabled():
         raise RuntimeError(message)

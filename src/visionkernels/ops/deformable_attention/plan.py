@@ -17,12 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from visionkernels.ops.deformable_attention import kernels, sampling, warp_backward, warp_forward
-from visionkernels.ops.deformable_attention.binned import Counters
 from visionkernels.ops.deformable_attention.problem import Problem
 from visionkernels.ops.deformable_attention.tile import LANE_BYTES, choose_tile, choose_warp_tile
 
 MAX_INT32 = 2**31 - 1
-NO_COUNTERS = (None, None, 0)
 
 
 class Inputs(NamedTuple):
@@ -42,7 +40,6 @@ class Needs(NamedTuple):
     value: bool
     points: bool
     reference: bool
-    counts: bool = False  # not a gradient: the samples of each bin, on the way, for ``binned.grad_value``
 
 
 class Plan:
@@ -104,22 +101,17 @@ def plan_of(problem: Problem, inputs: Inputs, buffers: tuple[Tensor | None, ...]
     )  # fmt: skip
 
 
-def run(
-    problem: Problem, buffers: tuple[Tensor | None, ...], needs: Needs | None, counters: Counters | None = None
-) -> None:
+def run(problem: Problem, buffers: tuple[Tensor | None, ...], needs: Needs | None) -> None:
     """Launch over all rows, on the device that holds the tensors.
 
     Args:
         problem: the inputs.
         buffers: the output; or, backward, the four gradients, ``grad_output`` and the fused forward's output.
         needs: None for the forward, or the gradients to compute.
-        counters: where ``needs.counts``, what is counted.
     """
     inputs = inputs_of(problem)
     plan = plan_of(problem, inputs, buffers[4:], needs)
-    arguments: tuple[Any, ...] = (*buffers, inputs.value, shapes_argument(problem, inputs), *inputs[1:5])
-    if plan.kernel is warp_backward._backward_points_kernel:
-        arguments = (*arguments, *(counters or NO_COUNTERS))
+    arguments = (*buffers, inputs.value, shapes_argument(problem, inputs), *inputs[1:5])
     # Triton launches on the current device, wherever the tensors are.
     with on_device(problem.value.device):
         if plan.runner is not None:
@@ -240,7 +232,7 @@ def _plan(
             *tile[:3],
             tile.unroll,
             tile.images_first,
-            *((pairs,) if needs is None else needs[:3]),
+            *((pairs,) if needs is None else needs),
         )
         kernel = kernels._forward_kernel if needs is None else kernels._backward_kernel
         choice = _Choice(kernel, constants, tile.rows, tile.heads, tile.num_warps)
@@ -257,4 +249,4 @@ def _warp_kernel(common: _Common, value_dtype: torch.dtype, dense: bool, needs: 
     constants = (tile.rows, tile.heads, 32 * tile.num_warps)
     if needs is None:
         return _Choice(warp_forward._forward_warp_kernel, constants, *tile)
-    return _Choice(warp_backward._backward_points_kernel, (*constants, *needs[2:]), *tile)
+    return _Choice(warp_backward._backward_points_kernel, (*constants, needs.reference), *tile)

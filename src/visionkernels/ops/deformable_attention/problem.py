@@ -24,3 +24,13 @@ class Problem(NamedTuple):
     padding_mode: str = "zeros"
     align_corners: bool = False
     method: str = "bilinear"
+
+    def images(self, part: slice) -> Problem:
+        """The problem of some of the images."""
+        return self._replace(
+            value=self.value[part],
+            points=self.points[part],
+            weights=self.weights[part],
+            reference_points=None if self.reference_points is None else self.reference_points[part],
+            value_mask=None if self.value_mask is None else self.value_mask[part],
+        )

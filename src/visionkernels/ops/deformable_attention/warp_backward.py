@@ -10,7 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from visionkernels.ops.deformable_attention.binned_samples import bins_of_sample
 from visionkernels.ops.deformable_attention.sampling import (
     affine_of_sample,
     levels_of,
@@ -122,17 +121,7 @@ def _add_to_level(
     return added
 
 
-@triton.jit(
-    do_not_specialize=[
-        "shapes",
-        "stride_value_n",
-        "stride_value_m",
-        "num_images",
-        "num_pixels",
-        "num_queries",
-        "num_bins",
-    ]
-)
+@triton.jit(do_not_specialize=["shapes", "stride_value_n", "stride_value_m", "num_images", "num_pixels", "num_queries"])
 def _backward_points_kernel(
     _grad_value_ptr,  # the tensors and sizes are those of kernels._backward_kernel; this one is None
     grad_point_ptr,
@@ -146,9 +135,6 @@ def _backward_points_kernel(
     weight_ptr,
     reference_ptr,
     mask_ptr,
-    count_ptr,  # when COUNTS, what binned_samples._count_kernel does is done on the way
-    rank_ptr,
-    num_bins,
     stride_value_n,
     stride_value_m,
     num_images,
@@ -172,7 +158,6 @@ def _backward_points_kernel(
     HEADS: tl.constexpr,
     THREADS: tl.constexpr,
     NEEDS_REFERENCE: tl.constexpr,
-    COUNTS: tl.constexpr,
 ):
     element: tl.constexpr = value_ptr.dtype.element_ty
     ITEMSIZE: tl.constexpr = element.primitive_bitwidth // 8
@@ -249,11 +234,6 @@ def _backward_points_kernel(
         row, weight_y0, weight_y1, both_y, any_y, slope_y0, slope_y1 = axis_of_sample(
             tl.fma(y, scale_y, center_y), height, BORDER
         )
-        if COUNTS:
-            bins_x, before = bins_of_sample(k, heights, widths, first, GROUP, FIRST_POINT)
-            bins = (pid_n * NUM_HEADS + offs_head) * num_bins + before + (row + 1) // 3 * bins_x + (column + 1) // 3
-            rank = tl.atomic_add(count_ptr + bins, 1, mask=mask & any_x & any_y, sem="relaxed")
-            tl.store(rank_ptr + first_query * NUM_HEADS * NUM_SAMPLES + offs_sample + k, rank, mask=mask)
         offs_pixel = start + row * width + column
         flags = corners_that_count(offs_pixel, width, any_x, both_x, any_y, both_y, mask_ptr, HAS_MASK)
         where = (offs_pixel * STRIDE_VALUE_S + offs_head * stride_value_m) * ITEMSIZE | flags
