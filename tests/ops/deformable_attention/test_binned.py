@@ -65,7 +65,7 @@ def small(**changes):
     """Options by which small inputs fill several items of a bin, and several products of an item."""
     from visionkernels.ops.deformable_attention.binned import Options
 
-    return Options(samples=64, chunk=64, block_k=32, gather_pixels=8)._replace(**changes)
+    return Options(threads=32, chunk=64, block_k=32, gather_pixels=8)._replace(**changes)
 
 
 def problem_of(case, value, points, weights, references=None, mask=None, in_memory=False):
@@ -189,7 +189,7 @@ def test_deterministic_sums_do_not_depend_on_the_order_of_programs(place):
     problem = problem_of(USUAL, *make_inputs(USUAL, place))
     grad_output = torch.randn(2, 17, 16, device=place)
     first = grad_value(problem, grad_output, True, options=small())
-    for options in (small(programs=3), small(samples=256), small(gather_pixels=32)):
+    for options in (small(programs=3), small(threads=64), small(gather_pixels=32)):
         assert torch.equal(grad_value(problem, grad_output, True, options=options), first)
 
 

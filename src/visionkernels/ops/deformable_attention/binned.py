@@ -29,8 +29,7 @@ PROGRAMS_OF_UNKNOWN = 16384  # that share the items, where their number is not k
 class Options(NamedTuple):
     """How the work is cut."""
 
-    samples: int = 1024  # of a program that counts or scatters
-    sample_warps: int = 4
+    threads: int = 128  # of a program that counts or scatters, a query each
     chunk: int = 256  # records of an item
     block_k: int = 32  # of them in one matrix product
     tile_warps: int = 1
@@ -120,13 +119,13 @@ def _pass(problem: Problem, grad_output: Tensor, gradient: Tensor, deterministic
     points, weights = problem.points.contiguous(), problem.weights.contiguous()
     references = None if problem.reference_points is None else problem.reference_points.contiguous()
     constants = _sampling_constants(problem, options, deterministic)
-    grid = (batch * triton.cdiv(num_queries * num_heads, constants[-3]),)
+    grid: tuple[int, ...] = (batch * triton.cdiv(num_queries, options.threads), num_heads)
     # The counters and the two cursors behind them are filled with zeros at a time.
     counters = torch.zeros((0 if deterministic else all_bins) + 2, dtype=torch.int32, device=device)
     counts, cursor = counters[:-2], counters[-2:]
     ranks = torch.empty(samples, dtype=torch.int32, device=device)
     binned_samples._count_kernel[grid](
-        counts, ranks, shapes, points, references, *scalars, *constants, num_warps=options.sample_warps
+        counts, ranks, shapes, points, references, *scalars, *constants, num_warps=options.threads // 32
     )
     if deterministic:
         ranks, counts = _sorted_places(ranks, all_bins)
@@ -139,7 +138,7 @@ def _pass(problem: Problem, grad_output: Tensor, gradient: Tensor, deterministic
     records = torch.empty(samples, 4, dtype=torch.int32, device=device)
     binned_samples._scatter_kernel[grid](
         records, counts, ranks, shapes, points, weights, references,
-        *scalars, *constants, num_warps=options.sample_warps,
+        *scalars, *constants, num_warps=options.threads // 32,
     )  # fmt: skip
     sums = torch.empty(items, 16, block_d, dtype=torch.float32, device=device) if partial else gradient
     # The bound on the bins of shapes in device memory is four times what they commonly are.
@@ -170,7 +169,6 @@ def _sorted_places(bins: Tensor, all_bins: int) -> tuple[Tensor, Tensor]:
 def _sampling_constants(problem: Problem, options: Options, deterministic: bool) -> tuple[Any, ...]:
     """The constants of the kernels that locate samples, in the order of their parameters."""
     points, references, num_points = problem.points, problem.reference_points, problem.num_points
-    block_k = triton.next_power_of_2(sum(num_points))
     return (
         problem.value.shape[2],
         len(num_points),
@@ -183,8 +181,7 @@ def _sampling_constants(problem: Problem, options: Options, deterministic: bool)
         problem.align_corners,
         problem.spatial_shapes is not None,
         points.is_contiguous() and points.data_ptr() % (2 * points.element_size()) == 0,
-        max(1, options.samples // block_k),
-        block_k,
+        options.threads,
         deterministic,
     )
 

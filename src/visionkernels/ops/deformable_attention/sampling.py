@@ -129,7 +129,7 @@ def affine(
         center = pixels * 0 - (0.0 if ALIGN_CORNERS else 0.5)
     if REFERENCE_SIZE > 0:
         reference = tl.load(reference_ptr + offs_reference + axis, mask=mask_row, other=0).to(ACC)
-        center = reference * pixels + center
+        center = tl.fma(reference, pixels, center)
     if REFERENCE_SIZE == 2:
         scale = pixels / tl.maximum(size, 1).to(ACC)
     if REFERENCE_SIZE == 4:

@@ -25,6 +25,26 @@ def shuffle_float(x, lane):
 
 
 @triton.jit
+def match_any(key):
+    """For each lane the lanes of the warp that have the same ``key`` (int32), one bit each."""
+    return tl.inline_asm_elementwise(
+        "match.any.sync.b32 $0, $1, 0xffffffff;", "=r,r", [key], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def count_bits(x):
+    """How many bits of ``x`` (int32) are set."""
+    return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def highest_bit(x):
+    """The position of the highest bit of ``x`` (int32) that is set."""
+    return tl.inline_asm_elementwise("bfind.u32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
 def lanes_max(x, lane, LANES: tl.constexpr):
     """Maximum over groups of ``LANES`` neighbouring lanes, a power of two."""
     for bit in tl.static_range(5):
