@@ -1,19 +1,34 @@
 """Multi-scale deformable attention on the CPU: the bodies of the registered ops.
 
-Inputs are validated by the caller, and nothing here is recorded by autograd. ``cpu_samples`` finds what to
-read and how to weigh it, ``cpu_passes`` reads it.
+Inputs are validated by the caller, and nothing here is recorded by autograd. There are two implementations, with the
+same results. Where Numba is installed (``pip install 'visionkernels[cpu]'``) ``cpu_compiled`` runs loops that it
+compiles, ``cpu_loops``. Where it is not, PyTorch's own operators do the work, several times slower: ``cpu_samples``
+finds what to read and how to weigh it, ``cpu_passes`` reads it.
 
 Source: Zhu et al., "Deformable DETR" (https://arxiv.org/abs/2010.04159), equation 3.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
 
 from torch import Tensor
 
 from visionkernels.ops.deformable_attention.cpu_passes import attend, differentiate
 from visionkernels.ops.deformable_attention.cpu_samples import FusedPoints, Mode, Points, Shapes
+
+
+@cache
+def _compiled() -> ModuleType | None:
+    """``cpu_compiled``, or None where Numba is not installed; imported at the first call, which takes a second."""
+    if importlib.util.find_spec("numba") is None:
+        return None
+    from visionkernels.ops.deformable_attention import cpu_compiled
+
+    return cpu_compiled
 
 
 def forward(
@@ -50,8 +65,13 @@ def forward(
         >>> forward(value, [(2, 3)], torch.full((1, 1, 1, 1, 2), 0.5), weights, (1,), **mode)
         tensor([[[1., 1.]]])
     """
+    mode = Mode(padding_mode, align_corners, method)
+    if (compiled := _compiled()) is not None:
+        return compiled.attend(
+            compiled.Inputs(value, sampling_locations, attention_weights, None, spatial_shapes, tuple(num_points), mode)
+        )
     points = Points(sampling_locations, attention_weights, num_points, value.dtype)
-    return attend(value, spatial_shapes, points, Mode(padding_mode, align_corners, method))
+    return attend(value, spatial_shapes, points, mode)
 
 
 def backward(
@@ -73,8 +93,13 @@ def backward(
     Returns:
         Gradients of value, locations and weights in their shapes and dtypes; None where not needed.
     """
-    points = Points(sampling_locations, attention_weights, num_points, value.dtype)
     mode = Mode(padding_mode, align_corners, method)
+    if (compiled := _compiled()) is not None:
+        inputs = compiled.Inputs(
+            value, sampling_locations, attention_weights, None, spatial_shapes, tuple(num_points), mode
+        )
+        return compiled.differentiate(grad_output, inputs, needs_value, needs_points, False)[:3]
+    points = Points(sampling_locations, attention_weights, num_points, value.dtype)
     grad_value = differentiate(grad_output, value, spatial_shapes, points, mode, needs_value, needs_points)
     return grad_value, *(points.gradients if needs_points else (None, None))
 
@@ -108,9 +133,15 @@ def fused_forward(
     Returns:
         ``[N, Lq, M * D]`` in the dtype of ``value``.
     """
+    mode = Mode(padding_mode, align_corners, "bilinear")
+    masked = _masked(value, value_mask)
+    if (compiled := _compiled()) is not None:
+        weights = compiled.attention(attention_logits, value, reference_points, sampling_offsets)
+        return compiled.attend(
+            compiled.Inputs(masked, sampling_offsets, weights, reference_points, spatial_shapes, tuple(num_points), mode)
+        )
     points = FusedPoints(reference_points, sampling_offsets, attention_logits, spatial_shapes, num_points, value.dtype)
-    value = _masked(value, value_mask)
-    return attend(value, spatial_shapes, points, Mode(padding_mode, align_corners, "bilinear"))
+    return attend(masked, spatial_shapes, points, mode)
 
 
 def fused_backward(
@@ -134,14 +165,26 @@ def fused_backward(
     Returns:
         Gradients of value, references, offsets and logits in their shapes and dtypes; None where not needed.
     """
-    points = FusedPoints(reference_points, sampling_offsets, attention_logits, spatial_shapes, num_points, value.dtype)
     mode = Mode(padding_mode, align_corners, "bilinear")
     masked, needs_either = _masked(value, value_mask), needs_reference or needs_points
-    grad_value = differentiate(grad_output, masked, spatial_shapes, points, mode, needs_value, needs_either)
+    if (compiled := _compiled()) is not None:
+        weights = compiled.attention(attention_logits, value, reference_points, sampling_offsets)
+        inputs = compiled.Inputs(
+            masked, sampling_offsets, weights, reference_points, spatial_shapes, tuple(num_points), mode
+        )
+        grad_value, offsets, grad_weights, reference = compiled.differentiate(
+            grad_output, inputs, needs_value, needs_either, needs_reference
+        )
+        logits = compiled.logit_gradient(grad_weights, weights).to(attention_logits.dtype) if needs_points else None
+    else:
+        points = FusedPoints(
+            reference_points, sampling_offsets, attention_logits, spatial_shapes, num_points, value.dtype
+        )
+        grad_value = differentiate(grad_output, masked, spatial_shapes, points, mode, needs_value, needs_either)
+        reference, offsets, logits = points.gradients if needs_either else (None, None, None)
+        reference = reference.to(reference_points.dtype) if reference is not None and needs_reference else None
     if grad_value is not None:
         grad_value = _masked(grad_value, value_mask)
-    reference, offsets, logits = points.gradients if needs_either else (None, None, None)
-    reference = reference.to(reference_points.dtype) if reference is not None and needs_reference else None
     return grad_value, reference, *((offsets, logits) if needs_points else (None, None))
 
 

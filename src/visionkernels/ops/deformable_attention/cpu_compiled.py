@@ -1,0 +1,140 @@
+"""The CPU path where Numba is installed: tensors in, ``cpu_loops`` over them in threads, tensors out."""
+
+from __future__ import annotations
+
+import functools
+import math
+import platform
+from typing import Any, NamedTuple
+
+import llvmlite.binding
+import numpy as np
+import torch
+from torch import Tensor
+
+from visionkernels.ops.deformable_attention import cpu_loops
+from visionkernels.ops.deformable_attention.cpu_samples import Mode, Shapes
+from visionkernels.ops.deformable_attention.cpu_threads import share
+
+_LEAST = 2**19  # products of a thread; waking one up takes as long as a few of these
+# Without the instruction LLVM calls a function that is not there.
+_WIDENS_HALF = platform.machine().lower() not in ("x86_64", "amd64", "i686", "x86") or bool(
+    llvmlite.binding.get_host_cpu_features().get("f16c")
+)
+_BITS = {torch.bfloat16: np.uint16, torch.float16: np.int16}
+
+
+class Inputs(NamedTuple):
+    """Tensors of a call; without references offsets are locations, and weights are after the softmax always."""
+
+    value: Tensor  # [N, S, M, D]
+    offsets: Tensor  # [N, Lq, M, K, 2]
+    weights: Tensor  # [N, Lq, M, K]
+    references: Tensor | None  # [N, Lq, 1 or L, 2 or 4]
+    shapes: Shapes
+    num_points: tuple[int, ...]
+    mode: Mode
+
+
+class _Loops:
+    """The arguments of ``cpu_loops`` for a call."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        value, offsets, weights, references, shapes, num_points, mode = inputs
+        floats = [t.dtype for t in inputs[:4] if isinstance(t, Tensor)]
+        self.dtype = torch.float64 if torch.float64 in floats else torch.float32
+        images, pixels, heads, head_dim = value.shape
+        queries, points = weights.shape[1], weights.shape[3]
+        self.rows, self.units = images * queries * heads, images * heads
+        self.cost_of_row = 4 * points * head_dim
+        box = 0 if references is None else references.shape[3]
+        reference_levels = 0 if references is None else references.shape[2]
+        self.arguments = (
+            self._value(value),
+            self.array(offsets),
+            self.array(weights),
+            self.array(weights.new_empty(0) if references is None else references),
+            *_levels(tuple((h, w) for h, w in shapes), num_points, mode, box == 4, self.dtype),
+            (pixels, queries, heads, head_dim, points, reference_levels, box),
+            (mode.padding_mode == "border", mode.align_corners, mode.method == "nearest"),
+        )
+
+    def array(self, tensor: Tensor) -> np.ndarray:
+        """The tensor, flat and in the type that is computed in; not a copy where it is both."""
+        return tensor.detach().to(self.dtype).reshape(-1).contiguous().numpy()
+
+    def _value(self, value: Tensor) -> np.ndarray:
+        bits = _BITS.get(value.dtype)
+        if bits is None or self.dtype == torch.float64 or (value.dtype == torch.float16 and not _WIDENS_HALF):
+            return self.array(value)
+        return value.detach().reshape(-1).contiguous().view(torch.int16).numpy().view(bits)
+
+
+@functools.lru_cache(maxsize=64)
+def _levels(
+    shapes: tuple[tuple[int, int], ...], num_points: tuple[int, ...], mode: Mode, boxes: bool, dtype: torch.dtype
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``levels``, ``scales`` and ``steps`` of ``cpu_loops.forward``."""
+    areas = [h * w for h, w in shapes]
+    shorter = 1 if mode.align_corners and mode.method == "bilinear" else 0
+    levels = [(h, w, sum(areas[:i]), num_points[i]) for i, (h, w) in enumerate(shapes)]
+    scales = [(w - shorter, h - shorter) for h, w in shapes]
+    # Levels without pixels or points are not read.
+    steps = [(0.5 / max(p, 1),) * 2 if boxes else (1 / max(w, 1), 1 / max(h, 1)) for h, w, _, p in levels]
+    wide = np.float64 if dtype == torch.float64 else np.float32
+    return np.array(levels, np.int64), np.array(scales, wide), np.array(steps, wide)
+
+
+def attend(inputs: Inputs) -> Tensor:
+    """Compute the output [N, Lq, M * D]."""
+    value, weights = inputs.value, inputs.weights
+    shape = value.shape[0], weights.shape[1], value.shape[2] * value.shape[3]
+    if value.numel() * weights.numel() == 0:
+        return value.new_zeros(shape)
+    loops = _Loops(inputs)
+    output = value.new_empty(shape, dtype=loops.dtype)
+    arguments = loops.array(output), *loops.arguments
+    share(lambda begin, end: cpu_loops.forward(*arguments, begin, end), loops.rows, loops.cost_of_row, _LEAST)
+    return output.to(value.dtype)
+
+
+def differentiate(
+    grad_output: Tensor, inputs: Inputs, needs_value: bool, needs_points: bool, needs_references: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Compute the gradients of value, offsets, weights and references in their shapes and dtypes; None where not needed."""
+    value, offsets, weights, references = inputs[:4]
+    empty = value.numel() * weights.numel() == 0
+    loops = _Loops(inputs)
+
+    def room(tensor: Tensor | None, needed: bool, *before: int, zero: bool = empty) -> Any:
+        shape = (0,) if tensor is None or not needed else (*before, *tensor.shape)
+        return value.new_zeros(shape, dtype=loops.dtype) if zero else value.new_empty(shape, dtype=loops.dtype)
+
+    parts = (
+        room(value, needs_value, zero=True),
+        room(offsets, needs_points),
+        room(weights, needs_points),
+        room(references, needs_references, value.shape[2], zero=True),
+    )
+    if not empty:
+        arguments = (*map(loops.array, (*parts, grad_output)), *loops.arguments)
+        needs = needs_value, needs_points, needs_references
+        cost = 3 * loops.cost_of_row * (loops.rows // loops.units)
+        share(lambda begin, end: cpu_loops.backward(*arguments, needs, begin, end), loops.units, cost, _LEAST)
+    by_value = parts[0].to(value.dtype) if needs_value else None
+    by_references = parts[3].sum(0).to(references.dtype) if references is not None and needs_references else None
+    by_offsets = parts[1].to(offsets.dtype) if needs_points else None
+    by_weights = parts[2].to(weights.dtype) if needs_points else None
+    return by_value, by_offsets, by_weights, by_references
+
+
+def attention(logits: Tensor, *others: Tensor) -> Tensor:
+    """The softmax over the points of a head, in the type that is computed in for these tensors."""
+    wide = torch.float64 in (t.dtype for t in (logits, *others))
+    return logits.softmax(-1, dtype=torch.float64 if wide else torch.float32)
+
+
+def logit_gradient(grad_weights: Tensor, weights: Tensor) -> Tensor:
+    """The gradient of the logits from that of their softmax ``weights``."""
+    product = grad_weights * weights
+    return product.sub_(weights * product.sum(-1, keepdim=True))
