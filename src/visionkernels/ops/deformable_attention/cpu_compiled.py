@@ -45,8 +45,8 @@ class _Loops:
         self.dtype = torch.float64 if torch.float64 in floats else torch.float32
         images, pixels, heads, head_dim = value.shape
         queries, points = weights.shape[1], weights.shape[3]
-        self.rows, self.units = images * queries * heads, images * heads
-        self.cost_of_row = 4 * points * head_dim
+        self.queries, self.units = images * queries, images * heads
+        self.cost = 4 * points * head_dim  # products of a query and head
         box = 0 if references is None else references.shape[3]
         reference_levels = 0 if references is None else references.shape[2]
         self.arguments = (
@@ -94,7 +94,7 @@ def attend(inputs: Inputs) -> Tensor:
     loops = _Loops(inputs)
     output = value.new_empty(shape, dtype=loops.dtype)
     arguments = loops.array(output), *loops.arguments
-    share(lambda begin, end: cpu_loops.forward(*arguments, begin, end), loops.rows, loops.cost_of_row, _LEAST)
+    share(lambda begin, end: cpu_loops.forward(*arguments, begin, end), loops.queries, loops.cost * value.shape[2], _LEAST)
     return output.to(value.dtype)
 
 
@@ -119,7 +119,7 @@ def differentiate(
     if not empty:
         arguments = (*map(loops.array, (*parts, grad_output)), *loops.arguments)
         needs = needs_value, needs_points, needs_references
-        cost = 3 * loops.cost_of_row * (loops.rows // loops.units)
+        cost = 3 * loops.cost * weights.shape[1]
         share(lambda begin, end: cpu_loops.backward(*arguments, needs, begin, end), loops.units, cost, _LEAST)
     by_value = parts[0].to(value.dtype) if needs_value else None
     by_references = parts[3].sum(0).to(references.dtype) if references is not None and needs_references else None

@@ -31,6 +31,8 @@ _SUM = ("contract", "nsz", "reassoc")  # any order; never nnan or ninf: NaN and 
 def _compiled(function):
     """Compile at the first call, once for each dtype, and keep the code on disk."""
     options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+    if function.__name__.startswith("_"):
+        return numba.njit(forceinline=True, **options)(function)
     try:
         return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # neither beside this file nor in the user's cache directory can Numba write
@@ -76,25 +78,37 @@ def _data(context, builder, signature, arguments):
     ]
 
 
-def _make_gather(width):
-    @intrinsic
-    def gather(typing, out, at, value, base, offsets, factors, count):
-        """Store the sum over i < count of ``factors[i] * value[base + offsets[i]]`` at ``out[at]``."""
+def _blocks(builder, channels):
+    """Run over the channels in blocks: yields how wide they are, and the first channel of one."""
+    done = ir.Constant(channels.type, 0)
+    for width in (32, 16, 8, 1):
+        end = builder.and_(channels, ir.Constant(channels.type, -width))
+        with cgutils.for_range_slice(builder, done, end, ir.Constant(channels.type, width)) as (channel, _):
+            yield width, channel
+        done = end
 
-        def generate(context, builder, signature, arguments):
-            out, at, value, base, offsets, factors, count = _data(context, builder, signature, arguments)
-            wide, size = _wide(context, signature.args[0])
-            total = cgutils.alloca_once_value(builder, ir.Constant(ir.VectorType(wide, width), [0.0] * width))
 
-            def add(i, so_far):
-                place = builder.add(base, builder.load(builder.gep(offsets, [i])))
+@intrinsic
+def _gather(typing, out, at, value, base, offsets, factors, count, channels):
+    """Store the sum over i < count of ``factors[i] * value[base + offsets[i]]`` at ``out[at]``."""
+
+    def generate(context, builder, signature, arguments):
+        out, at, value, base, offsets, factors, count, channels = _data(context, builder, signature, arguments)
+        wide, size = _wide(context, signature.args[0])
+        totals = {w: cgutils.alloca_once(builder, ir.VectorType(wide, w)) for w in (32, 16, 8, 1)}
+        zero, one, four, multiple = (ir.Constant(count.type, n) for n in (0, 1, 4, -4))
+        fours = builder.and_(count, multiple)
+        for width, channel in _blocks(builder, channels):
+            start, total = builder.add(base, channel), totals[width]
+
+            def add(i, so_far, start=start, width=width):
+                place = builder.add(start, builder.load(builder.gep(offsets, [i])))
                 row = _load(builder, signature.args[2].dtype, value, place, width, wide)
                 factor = _spread(builder, builder.load(builder.gep(factors, [i])), width)
                 product = builder.fmul(row, factor, flags=_SUM)
                 return product if so_far is None else builder.fadd(so_far, product, flags=_SUM)
 
-            zero, one, four, multiple = (ir.Constant(count.type, n) for n in (0, 1, 4, -4))
-            fours = builder.and_(count, multiple)
+            builder.store(ir.Constant(ir.VectorType(wide, width), [0.0] * width), total)
             with cgutils.for_range_slice(builder, zero, fours, four) as (i, _):
                 part = None  # a sum of its own: the next four need not wait for it
                 for step in range(4):
@@ -102,152 +116,113 @@ def _make_gather(width):
                 builder.store(builder.fadd(builder.load(total), part, flags=("contract",)), total)
             with cgutils.for_range_slice(builder, fours, count, one) as (i, _):
                 builder.store(add(i, builder.load(total)), total)
-            builder.store(builder.load(total), _at(builder, out, at, width), align=size)
-            return context.get_dummy_value()
+            builder.store(builder.load(total), _at(builder, out, builder.add(at, channel), width), align=size)
+        return context.get_dummy_value()
 
-        return types.void(out, types.intp, value, types.intp, offsets, factors, types.intp), generate
+    scalars = types.intp
+    return types.void(out, scalars, value, scalars, offsets, factors, scalars, scalars), generate
 
-    return gather
 
+@intrinsic
+def _dot(typing, grads, at, value, place, channels):
+    """Inner product of ``grads[at]`` and ``value[place]``."""
 
-def _make_dot(width):
-    @intrinsic
-    def dot(typing, grads, at, value, place):
-        """Inner product of ``grads[at]`` and ``value[place]``."""
-
-        def generate(context, builder, signature, arguments):
-            grads, at, value, place = _data(context, builder, signature, arguments)
-            wide, size = _wide(context, signature.args[0])
-            left = _load(builder, signature.args[0].dtype, grads, at, width, wide)
-            right = _load(builder, signature.args[2].dtype, value, place, width, wide)
-            reduce = ir.FunctionType(wide, [wide, left.type])
+    def generate(context, builder, signature, arguments):
+        grads, at, value, place, channels = _data(context, builder, signature, arguments)
+        wide, size = _wide(context, signature.args[0])
+        total = cgutils.alloca_once_value(builder, ir.Constant(wide, 0.0))
+        for width, channel in _blocks(builder, channels):
+            left = _load(builder, signature.args[0].dtype, grads, builder.add(at, channel), width, wide)
+            right = _load(builder, signature.args[2].dtype, value, builder.add(place, channel), width, wide)
             name = f"llvm.vector.reduce.fadd.v{width}f{8 * size}"
+            reduce = ir.FunctionType(wide, [wide, left.type])
             reduce = cgutils.get_or_insert_function(builder.module, reduce, name)
             product = builder.fmul(left, right, flags=_SUM)
-            return builder.call(reduce, [ir.Constant(wide, 0.0), product], fastmath=_SUM)
+            builder.store(builder.call(reduce, [builder.load(total), product], fastmath=_SUM), total)
+        return builder.load(total)
 
-        return grads.dtype(grads, types.intp, value, types.intp), generate
-
-    return dot
+    return grads.dtype(grads, types.intp, value, types.intp, types.intp), generate
 
 
-def _make_add(width):
-    @intrinsic
-    def add(typing, sums, place, factor, grads, at):
-        """Add ``factor * grads[at]`` to ``sums[place]``."""
+@intrinsic
+def _add(typing, sums, place, factor, grads, at, channels):
+    """Add ``factor * grads[at]`` to ``sums[place]``."""
 
-        def generate(context, builder, signature, arguments):
-            sums, place, factor, grads, at = _data(context, builder, signature, arguments)
-            wide, size = _wide(context, signature.args[0])
-            dtype = signature.args[0].dtype
-            product = _load(builder, dtype, grads, at, width, wide)
+    def generate(context, builder, signature, arguments):
+        sums, place, factor, grads, at, channels = _data(context, builder, signature, arguments)
+        wide, size = _wide(context, signature.args[0])
+        dtype = signature.args[0].dtype
+        for width, channel in _blocks(builder, channels):
+            product = _load(builder, dtype, grads, builder.add(at, channel), width, wide)
             product = builder.fmul(product, _spread(builder, factor, width), flags=_SUM)
-            total = builder.fadd(_load(builder, dtype, sums, place, width, wide), product, flags=_SUM)
-            builder.store(total, _at(builder, sums, place, width), align=size)
-            return context.get_dummy_value()
+            to = builder.add(place, channel)
+            total = builder.fadd(_load(builder, dtype, sums, to, width, wide), product, flags=_SUM)
+            builder.store(total, _at(builder, sums, to, width), align=size)
+        return context.get_dummy_value()
 
-        return types.void(sums, types.intp, sums.dtype, grads, types.intp), generate
-
-    return add
-
-
-_gather32, _gather8, _gather1 = (_make_gather(width) for width in (32, 8, 1))
-_dot32, _dot8, _dot1 = (_make_dot(width) for width in (32, 8, 1))
-_add32, _add8, _add1 = (_make_add(width) for width in (32, 8, 1))
-
-
-@_compiled
-def _gather_row(out, at, value, base, offsets, factors, count, channels):
-    done = 0
-    while done + 32 <= channels:
-        _gather32(out, at + done, value, base + done, offsets, factors, count)
-        done += 32
-    while done + 8 <= channels:
-        _gather8(out, at + done, value, base + done, offsets, factors, count)
-        done += 8
-    while done < channels:
-        _gather1(out, at + done, value, base + done, offsets, factors, count)
-        done += 1
-
-
-@_compiled
-def _dot_row(grads, at, value, place, channels):
-    total, done = grads.dtype.type(0), 0
-    while done + 32 <= channels:
-        total += _dot32(grads, at + done, value, place + done)
-        done += 32
-    while done + 8 <= channels:
-        total += _dot8(grads, at + done, value, place + done)
-        done += 8
-    while done < channels:
-        total += _dot1(grads, at + done, value, place + done)
-        done += 1
-    return total
-
-
-@_compiled
-def _add_row(sums, place, factor, grads, at, channels):
-    done = 0
-    while done + 32 <= channels:
-        _add32(sums, place + done, factor, grads, at + done)
-        done += 32
-    while done + 8 <= channels:
-        _add8(sums, place + done, factor, grads, at + done)
-        done += 8
-    while done < channels:
-        _add1(sums, place + done, factor, grads, at + done)
-        done += 1
+    return types.void(sums, types.intp, sums.dtype, grads, types.intp, types.intp), generate
 
 
 # Samples
 
 
 @_compiled
-def _place(x, y, h, w, scale_x, scale_y, mode):
-    """Place a sample at location (x, y): whether it counts, its first corner, how far it is beyond, what moves it.
-
-    Returns:
-        Whether it counts; column and line of the first corner, which may be -1; the distance from it along x and y,
-        0 to 1; whether the position follows the location along x and along y.
-    """
-    zero, half = type(x)(0), type(x)(0.5)
-    border, align_corners, nearest = mode
-    px, py = x * scale_x, y * scale_y
-    if h == 0 or w == 0 or not (math.isfinite(px) and math.isfinite(py)):
-        return False, 0, 0, zero, zero, False, False
-    if nearest:
-        column = int(min(max(px + half, zero), type(x)(w - 1)))
-        line = int(min(max(py + half, zero), type(x)(h - 1)))
-        return True, column, line, zero, zero, False, False
-    if not align_corners:
-        px, py = px - half, py - half
-    free_x, free_y = True, True
-    if border:  # clamping stops the gradient, on the first and the last pixel as well
-        last_x, last_y = type(x)(w - 1), type(x)(h - 1)
-        free_x, free_y = zero < px < last_x, zero < py < last_y
-        px, py = min(max(px, zero), last_x), min(max(py, zero), last_y)
-    elif not (px >= -1 and px < w and py >= -1 and py < h):
-        return False, 0, 0, zero, zero, False, False
-    column, line = math.floor(px), math.floor(py)
-    return True, column, line, px - type(x)(column), py - type(x)(line), free_x, free_y
+def _floor(position):
+    """As an integer; ``math.floor`` would be a call."""
+    whole = int(position)
+    return whole - (position < type(position)(whole))
 
 
 @_compiled
-def _origin(references, steps, query, level, sizes):
-    """Location at offset 0, and how far an offset of 1 moves it, along x and y."""
-    _, _, _, _, _, reference_levels, box = sizes
-    if box == 0:  # offsets are locations
-        return steps.dtype.type(0), steps.dtype.type(0), steps.dtype.type(1), steps.dtype.type(1)
-    at = (query * reference_levels + (level if reference_levels > 1 else 0)) * box
-    unit_x, unit_y = steps[level, 0], steps[level, 1]
-    if box == 4:
-        unit_x, unit_y = unit_x * references[at + 2], unit_y * references[at + 3]
-    return references[at], references[at + 1], unit_x, unit_y
+def _position(x, y, h, w, scale_x, scale_y, mode):
+    """Where in pixels a sample at location (x, y) reads: does it count, where, does that follow the location."""
+    zero, one, half = type(x)(0), type(x)(1), type(x)(0.5)
+    border, align_corners, nearest = mode
+    width, height = type(x)(w), type(x)(h)  # integers would be compared in float64
+    px, py = x * scale_x, y * scale_y
+    if not (border or nearest):
+        if not align_corners:
+            px, py = px - half, py - half
+        counts = (px >= -one) & (px < width) & (py >= -one) & (py < height) & (h * w > 0)
+        return counts, px, py, counts, counts
+    if h * w == 0 or not (math.isfinite(px) and math.isfinite(py)):
+        return False, zero, zero, False, False
+    if nearest:
+        px, py = min(max(px + half, zero), width - one), min(max(py + half, zero), height - one)
+        return True, type(x)(int(px)), type(x)(int(py)), False, False
+    if not align_corners:
+        px, py = px - half, py - half
+    # Clamping stops the gradient, on the first and the last pixel as well.
+    free_x, free_y = zero < px < width - one, zero < py < height - one
+    return True, min(max(px, zero), width - one), min(max(py, zero), height - one), free_x, free_y
+
+
+@_compiled
+def _corners(corners, weights, count, factor, px, py, h, w, first, stride, bilinear):
+    """Note the corners of a sample that lie in the level: where their rows begin, and factor times their weight.
+
+    All four are written, and ``count``, which is returned, moves on past those that lie inside: no branches, which
+    would be guessed wrong at the edges.
+    """
+    one, column, line = type(px)(1), _floor(px), _floor(py)
+    right, bottom = px - type(px)(column), py - type(px)(line)
+    left, top = one - right, one - bottom
+    here = (first + line * w + column) * stride
+    in_left, in_right = column >= 0, (column + 1 < w) & bilinear
+    in_top, in_bottom = line >= 0, (line + 1 < h) & bilinear
+    corners[count], weights[count] = here, factor * (left * top)
+    count += in_left & in_top
+    corners[count], weights[count] = here + stride, factor * (right * top)
+    count += in_right & in_top
+    corners[count], weights[count] = here + w * stride, factor * (left * bottom)
+    count += in_left & in_bottom
+    corners[count], weights[count] = here + (w + 1) * stride, factor * (right * bottom)
+    return count + (in_right & in_bottom)
 
 
 @_compiled
 def forward(out, value, offsets, weights, references, levels, scales, steps, sizes, mode, begin, end):
-    """Compute the output of the rows (image, query, head) from ``begin`` to ``end``.
+    """Compute the output of the queries, of all images in a row, from ``begin`` to ``end``.
 
     Args:
         out: ``[N, Lq, M, D]``, written.
@@ -260,38 +235,32 @@ def forward(out, value, offsets, weights, references, levels, scales, steps, siz
         steps: ``[L, 2]``: location per unit of offset, of the box per unit of offset where references are boxes.
         sizes: S, Lq, M, D, K, levels of the references (1 or L), their last axis (0 where there are none).
         mode: whether the padding is border, corners are aligned, the nearest pixel is read.
-        begin: first row.
-        end: behind the last row.
+        begin: first query.
+        end: behind the last query.
     """
-    pixels, queries, heads, head_dim, points, _, _ = sizes
-    nearest = mode[2]
-    one, point = weights.dtype.type(1), begin * points
-    places, factors = np.empty(4 * points, np.int64), np.empty(4 * points, weights.dtype)
-    for row in range(begin, end):
-        query, count = row // heads, 0
-        base = (query // queries * pixels * heads + row % heads) * head_dim
-        for level in range(len(levels)):
-            h, w, first, number = levels[level]
-            x, y, unit_x, unit_y = _origin(references, steps, query, level, sizes)
-            for _ in range(number):
-                at_x, at_y, weight = x + offsets[2 * point] * unit_x, y + offsets[2 * point + 1] * unit_y, weights[point]
-                point += 1
-                counts, column, line, beyond_x, beyond_y, _, _ = _place(
-                    at_x, at_y, h, w, scales[level, 0], scales[level, 1], mode
-                )
-                if not counts:
-                    continue
-                for dy in range(1 if nearest else 2):
-                    if line + dy < 0 or line + dy >= h:
-                        continue
-                    weight_y = weight * (beyond_y if dy else one - beyond_y)
-                    for dx in range(1 if nearest else 2):
-                        if column + dx < 0 or column + dx >= w:
-                            continue
-                        places[count] = (first + (line + dy) * w + column + dx) * heads * head_dim
-                        factors[count] = weight_y * (beyond_x if dx else one - beyond_x)
-                        count += 1
-        _gather_row(out, row * head_dim, value, base, places, factors, count, head_dim)
+    pixels, queries, heads, head_dim, points, reference_levels, box = sizes
+    zero, one = weights.dtype.type(0), weights.dtype.type(1)
+    stride, point = heads * head_dim, begin * heads * points
+    corners, factors = np.empty(4 * points + 1, np.int64), np.empty(4 * points + 1, weights.dtype)
+    for query in range(begin, end):
+        for head in range(heads):
+            row, count = query * heads + head, 0
+            base = query // queries * pixels * stride + head * head_dim
+            for level in range(len(levels)):
+                h, w, first, number = levels[level, 0], levels[level, 1], levels[level, 2], levels[level, 3]
+                x, y, unit_x, unit_y = zero, zero, one, one
+                if box:  # else offsets are locations
+                    at = (query * reference_levels + min(level, reference_levels - 1)) * box
+                    x, y, unit_x, unit_y = references[at], references[at + 1], steps[level, 0], steps[level, 1]
+                    if box == 4:
+                        unit_x, unit_y = unit_x * references[at + 2], unit_y * references[at + 3]
+                for _ in range(number):
+                    at_x, at_y, weight = x + offsets[2 * point] * unit_x, y + offsets[2 * point + 1] * unit_y, weights[point]
+                    point += 1
+                    counts, px, py, _, _ = _position(at_x, at_y, h, w, scales[level, 0], scales[level, 1], mode)
+                    if counts:
+                        count = _corners(corners, factors, count, weight, px, py, h, w, first, stride, not mode[2])
+            _gather(out, row * head_dim, value, base, corners, factors, count, head_dim)
 
 
 @_compiled
@@ -311,42 +280,46 @@ def backward(
     """
     pixels, queries, heads, head_dim, points, reference_levels, box = sizes
     needs_value, needs_points, needs_references = needs
-    nearest, zero, one = mode[2], weights.dtype.type(0), weights.dtype.type(1)
-    all_queries = len(grad_output) // (heads * head_dim)
+    zero, one, stride = weights.dtype.type(0), weights.dtype.type(1), heads * head_dim
+    all_queries = len(grad_output) // stride
+    nearest = mode[2]
     for unit in range(begin, end):
         image, head = unit // heads, unit % heads
-        base = (image * pixels * heads + head) * head_dim
+        base = image * pixels * stride + head * head_dim
         for query in range(image * queries, (image + 1) * queries):
             row = query * heads + head
             grads, point = row * head_dim, row * points
             for level in range(len(levels)):
-                h, w, first, number = levels[level]
-                x, y, unit_x, unit_y = _origin(references, steps, query, level, sizes)
+                h, w, first, number = levels[level, 0], levels[level, 1], levels[level, 2], levels[level, 3]
+                x, y, unit_x, unit_y = zero, zero, one, one
+                if box:  # else offsets are locations
+                    at = (query * reference_levels + min(level, reference_levels - 1)) * box
+                    x, y, unit_x, unit_y = references[at], references[at + 1], steps[level, 0], steps[level, 1]
+                    if box == 4:
+                        unit_x, unit_y = unit_x * references[at + 2], unit_y * references[at + 3]
                 sum_x, sum_y, sum_w, sum_h = zero, zero, zero, zero
                 for _ in range(number):
                     offset_x, offset_y, weight = offsets[2 * point], offsets[2 * point + 1], weights[point]
-                    counts, column, line, beyond_x, beyond_y, free_x, free_y = _place(
+                    counts, px, py, free_x, free_y = _position(
                         x + offset_x * unit_x, y + offset_y * unit_y, h, w, scales[level, 0], scales[level, 1], mode
                     )
                     by_x, by_y, by_weight = zero, zero, zero
                     if counts:
-                        for dy in range(1 if nearest else 2):
-                            if line + dy < 0 or line + dy >= h:
+                        column, line = _floor(px), _floor(py)
+                        right, bottom = px - type(px)(column), py - type(py)(line)
+                        for corner in range(1 if nearest else 4):
+                            dx, dy = corner & 1, corner >> 1
+                            if line + dy < 0 or line + dy >= h or column + dx < 0 or column + dx >= w:
                                 continue
-                            weight_y = beyond_y if dy else one - beyond_y
-                            for dx in range(1 if nearest else 2):
-                                if column + dx < 0 or column + dx >= w:
-                                    continue
-                                weight_x = beyond_x if dx else one - beyond_x
-                                place = base + (first + (line + dy) * w + column + dx) * heads * head_dim
-                                if needs_points:
-                                    dot = _dot_row(grad_output, grads, value, place, head_dim)
-                                    by_weight += weight_x * weight_y * dot
-                                    by_x += weight_y * dot if dx else -weight_y * dot
-                                    by_y += weight_x * dot if dy else -weight_x * dot
-                                if needs_value:
-                                    factor = weight * weight_x * weight_y
-                                    _add_row(grad_value, place, factor, grad_output, grads, head_dim)
+                            along_x, along_y = right if dx else one - right, bottom if dy else one - bottom
+                            place = base + (first + (line + dy) * w + column + dx) * stride
+                            if needs_points:
+                                dot = _dot(grad_output, grads, value, place, head_dim)
+                                by_weight += along_x * along_y * dot
+                                by_x += along_y * dot if dx else -along_y * dot
+                                by_y += along_x * dot if dy else -along_x * dot
+                            if needs_value:
+                                _add(grad_value, place, weight * along_x * along_y, grad_output, grads, head_dim)
                     if needs_points:
                         by_x = by_x * weight * scales[level, 0] if free_x else zero
                         by_y = by_y * weight * scales[level, 1] if free_y else zero
