@@ -32,7 +32,9 @@ PUBLIC = {
 FUNCTIONS_AND_CLASSES = sorted(PUBLIC - {"__version__"})
 
 # Looking up the public names may load none of these: they are optional, or slow, or touch a GPU.
-NOT_AT_IMPORT = {"triton", "transformers", "PIL", "scipy", "rich", "matplotlib", "safetensors", "pycocotools"}
+NOT_AT_IMPORT = {
+    "triton", "transformers", "PIL", "scipy", "rich", "matplotlib", "safetensors", "pycocotools", "numba", "llvmlite",
+}  # fmt: skip
 
 
 def run_python(code: str) -> str:

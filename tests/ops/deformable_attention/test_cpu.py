@@ -41,9 +41,20 @@ LEVELS = {
 }
 
 
-@pytest.fixture(params=["images", "heads", "blocks"])
+@pytest.fixture(params=["images", "heads", "blocks", "compiled", "compiled-threads"])
 def way(request, monkeypatch):
-    """The ways through the work: an image at a time, a head at a time, and in blocks of few queries."""
+    """The ways through the work.
+
+    In PyTorch's operators: an image at a time, a head at a time, and in blocks of few queries. Compiled by Numba: in
+    one piece, and in many by three threads.
+    """
+    if request.param.startswith("compiled"):
+        pytest.importorskip("numba")
+        if request.param == "compiled-threads":
+            monkeypatch.setattr(cpu._compiled(), "_LEAST", 1)
+            monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+        return
+    monkeypatch.setattr(cpu, "_compiled", lambda: None)
     if request.param != "images":  # a head at a time, where it has no fewer points than the levels pixels
         monkeypatch.setattr(cpu_passes, "_MIN_HEAD_POINTS", 0)
     if request.param == "blocks":
@@ -147,6 +158,7 @@ def test_fused_matches_the_reference(mode, box, reference_levels, masked):
         assert not got[1][~mask].any()
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_fused_loses_no_more_than_grid_sample(dtype):
     case = Case(queries=40, head_dim=8, dtype=dtype, location_dtype=torch.float32, masked=True)
@@ -199,6 +211,7 @@ def test_some_locations_that_are_not_finite(mode):
     assert_same(run(case, inputs, grad_output), truth(case, inputs, grad_output), rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 @pytest.mark.parametrize("far", [1e30, -1e30, 5e9])
 def test_locations_far_away(mode, far):
@@ -263,6 +276,7 @@ def test_infinite_weight_half_outside():
     assert not grad_value.isnan().any()
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize("box", [2, 4], ids=["points", "boxes"])
 @pytest.mark.parametrize("argument", [1, 2], ids=["references", "offsets"])
@@ -284,6 +298,7 @@ EMPTY = {
 }
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("case", EMPTY.values(), ids=EMPTY)
 def test_nothing_to_do(case):
     inputs, grad_output = packed(case, make_inputs(case)), make_grad(case)
@@ -356,6 +371,7 @@ def test_more_rows_than_int32_counts():
     assert small.levels.start.dtype == torch.int32
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("context", [torch.device("meta"), torch.inference_mode()], ids=["device", "inference"])
 def test_surroundings_do_not_matter(context):
     """Neither a default device, nor that the first call of its sizes was in inference mode."""
@@ -369,6 +385,7 @@ def test_surroundings_do_not_matter(context):
         assert_same(got, expected, rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("way")
 def test_backward_is_deterministic():
     case = Case(shapes=((9, 9),), queries=3000, num_points=4)
     inputs, grad_output = make_inputs(case), make_grad(case).float()

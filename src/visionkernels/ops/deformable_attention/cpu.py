@@ -138,7 +138,9 @@ def fused_forward(
     if (compiled := _compiled()) is not None:
         weights = compiled.attention(attention_logits, value, reference_points, sampling_offsets)
         return compiled.attend(
-            compiled.Inputs(masked, sampling_offsets, weights, reference_points, spatial_shapes, tuple(num_points), mode)
+            compiled.Inputs(
+                masked, sampling_offsets, weights, reference_points, spatial_shapes, tuple(num_points), mode
+            )
         )
     points = FusedPoints(reference_points, sampling_offsets, attention_logits, spatial_shapes, num_points, value.dtype)
     return attend(masked, spatial_shapes, points, mode)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import platform
 from typing import Any, NamedTuple
 
@@ -94,14 +93,16 @@ def attend(inputs: Inputs) -> Tensor:
     loops = _Loops(inputs)
     output = value.new_empty(shape, dtype=loops.dtype)
     arguments = loops.array(output), *loops.arguments
-    share(lambda begin, end: cpu_loops.forward(*arguments, begin, end), loops.queries, loops.cost * value.shape[2], _LEAST)
+    share(
+        lambda begin, end: cpu_loops.forward(*arguments, begin, end), loops.queries, loops.cost * value.shape[2], _LEAST
+    )
     return output.to(value.dtype)
 
 
 def differentiate(
     grad_output: Tensor, inputs: Inputs, needs_value: bool, needs_points: bool, needs_references: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Compute the gradients of value, offsets, weights and references in their shapes and dtypes; None where not needed."""
+    """Compute the gradients of value, offsets, weights and references, in their dtypes; None where not needed."""
     value, offsets, weights, references = inputs[:4]
     empty = value.numel() * weights.numel() == 0
     loops = _Loops(inputs)

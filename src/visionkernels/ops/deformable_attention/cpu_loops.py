@@ -2,13 +2,10 @@
 
     out[n, q, m] = sum over samples and their corners of  attention * corner weight * value[n, pixel, m]
 
-A corner outside of its level, or of a sample with no finite position, is left out, not given the weight 0: what it holds
-may be NaN. Arrays are contiguous and flat, their shapes are in the comments; every loop releases the GIL.
+A corner outside of its level, or of a sample with no finite position, is left out, not given the weight 0: what it
+holds may be NaN. Arrays are contiguous and flat, their shapes are in the comments; every loop releases the GIL.
 
-Rows of channels are read as vectors, in LLVM's own terms: the compiler cannot prove that rows do not overlap, and would
-leave such loops scalar. Halves are widened in registers: uint16 holds bfloat16, int16 holds float16.
-
-Everything compiled is in this file: Numba's cache of compiled code is renewed when the file itself changes.
+No helper with a branch takes an array: Numba would count references to it, atomically, for every sample.
 
 Source: Zhu et al., "Deformable DETR" (https://arxiv.org/abs/2010.04159), equation 3.
 """
@@ -19,161 +16,30 @@ import math
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
-_I32 = ir.IntType(32)
-_SUM = ("contract", "nsz", "reassoc")  # any order; never nnan or ninf: NaN and infinity are data
+from visionkernels.ops.deformable_attention.cpu_vectors import add_row, dot_rows, gather_rows, prefetch_row
 
 
-def _compiled(function):
+_OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+_inline = numba.njit(forceinline=True, **_OPTIONS)
+
+
+def _compile(function):
     """Compile at the first call, once for each dtype, and keep the code on disk."""
-    options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
-    if function.__name__.startswith("_"):
-        return numba.njit(forceinline=True, **options)(function)
     try:
-        return numba.njit(cache=True, **options)(function)
+        return numba.njit(cache=True, **_OPTIONS)(function)
     except RuntimeError:  # neither beside this file nor in the user's cache directory can Numba write
-        return numba.njit(**options)(function)
+        return numba.njit(**_OPTIONS)(function)
 
 
-# Vectors of `width` channels
-
-
-def _wide(context, array):
-    """The type that is computed in, and its bytes."""
-    return context.get_data_type(array.dtype), array.dtype.bitwidth // 8
-
-
-def _at(builder, data, index, width):
-    vector = ir.VectorType(data.type.pointee, width)
-    return builder.bitcast(builder.gep(data, [index]), vector.as_pointer())
-
-
-def _load(builder, dtype, data, index, width, wide):
-    loaded = builder.load(_at(builder, data, index, width), align=dtype.bitwidth // 8)
-    if dtype == types.uint16:
-        bits = builder.zext(loaded, ir.VectorType(_I32, width))
-        bits = builder.shl(bits, ir.Constant(bits.type, [16] * width))
-        return builder.bitcast(bits, ir.VectorType(wide, width))
-    if dtype == types.int16:
-        half = builder.bitcast(loaded, ir.VectorType(ir.HalfType(), width))
-        return builder.fpext(half, ir.VectorType(wide, width))
-    return loaded
-
-
-def _spread(builder, scalar, width):
-    vector = ir.VectorType(scalar.type, width)
-    first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(_I32, width), [0] * width))
-
-
-def _data(context, builder, signature, arguments):
-    """Arguments with arrays as pointers to their data."""
-    return [
-        context.make_array(kind)(context, builder, argument).data if isinstance(kind, types.Array) else argument
-        for kind, argument in zip(signature.args, arguments, strict=True)
-    ]
-
-
-def _blocks(builder, channels):
-    """Run over the channels in blocks: yields how wide they are, and the first channel of one."""
-    done = ir.Constant(channels.type, 0)
-    for width in (32, 16, 8, 1):
-        end = builder.and_(channels, ir.Constant(channels.type, -width))
-        with cgutils.for_range_slice(builder, done, end, ir.Constant(channels.type, width)) as (channel, _):
-            yield width, channel
-        done = end
-
-
-@intrinsic
-def _gather(typing, out, at, value, base, offsets, factors, count, channels):
-    """Store the sum over i < count of ``factors[i] * value[base + offsets[i]]`` at ``out[at]``."""
-
-    def generate(context, builder, signature, arguments):
-        out, at, value, base, offsets, factors, count, channels = _data(context, builder, signature, arguments)
-        wide, size = _wide(context, signature.args[0])
-        totals = {w: cgutils.alloca_once(builder, ir.VectorType(wide, w)) for w in (32, 16, 8, 1)}
-        zero, one, four, multiple = (ir.Constant(count.type, n) for n in (0, 1, 4, -4))
-        fours = builder.and_(count, multiple)
-        for width, channel in _blocks(builder, channels):
-            start, total = builder.add(base, channel), totals[width]
-
-            def add(i, so_far, start=start, width=width):
-                place = builder.add(start, builder.load(builder.gep(offsets, [i])))
-                row = _load(builder, signature.args[2].dtype, value, place, width, wide)
-                factor = _spread(builder, builder.load(builder.gep(factors, [i])), width)
-                product = builder.fmul(row, factor, flags=_SUM)
-                return product if so_far is None else builder.fadd(so_far, product, flags=_SUM)
-
-            builder.store(ir.Constant(ir.VectorType(wide, width), [0.0] * width), total)
-            with cgutils.for_range_slice(builder, zero, fours, four) as (i, _):
-                part = None  # a sum of its own: the next four need not wait for it
-                for step in range(4):
-                    part = add(builder.add(i, ir.Constant(i.type, step)), part)
-                builder.store(builder.fadd(builder.load(total), part, flags=("contract",)), total)
-            with cgutils.for_range_slice(builder, fours, count, one) as (i, _):
-                builder.store(add(i, builder.load(total)), total)
-            builder.store(builder.load(total), _at(builder, out, builder.add(at, channel), width), align=size)
-        return context.get_dummy_value()
-
-    scalars = types.intp
-    return types.void(out, scalars, value, scalars, offsets, factors, scalars, scalars), generate
-
-
-@intrinsic
-def _dot(typing, grads, at, value, place, channels):
-    """Inner product of ``grads[at]`` and ``value[place]``."""
-
-    def generate(context, builder, signature, arguments):
-        grads, at, value, place, channels = _data(context, builder, signature, arguments)
-        wide, size = _wide(context, signature.args[0])
-        total = cgutils.alloca_once_value(builder, ir.Constant(wide, 0.0))
-        for width, channel in _blocks(builder, channels):
-            left = _load(builder, signature.args[0].dtype, grads, builder.add(at, channel), width, wide)
-            right = _load(builder, signature.args[2].dtype, value, builder.add(place, channel), width, wide)
-            name = f"llvm.vector.reduce.fadd.v{width}f{8 * size}"
-            reduce = ir.FunctionType(wide, [wide, left.type])
-            reduce = cgutils.get_or_insert_function(builder.module, reduce, name)
-            product = builder.fmul(left, right, flags=_SUM)
-            builder.store(builder.call(reduce, [builder.load(total), product], fastmath=_SUM), total)
-        return builder.load(total)
-
-    return grads.dtype(grads, types.intp, value, types.intp, types.intp), generate
-
-
-@intrinsic
-def _add(typing, sums, place, factor, grads, at, channels):
-    """Add ``factor * grads[at]`` to ``sums[place]``."""
-
-    def generate(context, builder, signature, arguments):
-        sums, place, factor, grads, at, channels = _data(context, builder, signature, arguments)
-        wide, size = _wide(context, signature.args[0])
-        dtype = signature.args[0].dtype
-        for width, channel in _blocks(builder, channels):
-            product = _load(builder, dtype, grads, builder.add(at, channel), width, wide)
-            product = builder.fmul(product, _spread(builder, factor, width), flags=_SUM)
-            to = builder.add(place, channel)
-            total = builder.fadd(_load(builder, dtype, sums, to, width, wide), product, flags=_SUM)
-            builder.store(total, _at(builder, sums, to, width), align=size)
-        return context.get_dummy_value()
-
-    return types.void(sums, types.intp, sums.dtype, grads, types.intp, types.intp), generate
-
-
-# Samples
-
-
-@_compiled
+@_inline
 def _floor(position):
     """As an integer; ``math.floor`` would be a call."""
     whole = int(position)
     return whole - (position < type(position)(whole))
 
 
-@_compiled
+@_inline
 def _position(x, y, h, w, scale_x, scale_y, mode):
     """Where in pixels a sample at location (x, y) reads: does it count, where, does that follow the location."""
     zero, one, half = type(x)(0), type(x)(1), type(x)(0.5)
@@ -197,7 +63,7 @@ def _position(x, y, h, w, scale_x, scale_y, mode):
     return True, min(max(px, zero), width - one), min(max(py, zero), height - one), free_x, free_y
 
 
-@_compiled
+@_inline
 def _corners(corners, weights, count, factor, px, py, h, w, first, stride, bilinear):
     """Note the corners of a sample that lie in the level: where their rows begin, and factor times their weight.
 
@@ -207,7 +73,7 @@ def _corners(corners, weights, count, factor, px, py, h, w, first, stride, bilin
     one, column, line = type(px)(1), _floor(px), _floor(py)
     right, bottom = px - type(px)(column), py - type(px)(line)
     left, top = one - right, one - bottom
-    here = (first + line * w + column) * stride
+    here = first + (line * w + column) * stride
     in_left, in_right = column >= 0, (column + 1 < w) & bilinear
     in_top, in_bottom = line >= 0, (line + 1 < h) & bilinear
     corners[count], weights[count] = here, factor * (left * top)
@@ -220,7 +86,7 @@ def _corners(corners, weights, count, factor, px, py, h, w, first, stride, bilin
     return count + (in_right & in_bottom)
 
 
-@_compiled
+@_compile
 def forward(out, value, offsets, weights, references, levels, scales, steps, sizes, mode, begin, end):
     """Compute the output of the queries, of all images in a row, from ``begin`` to ``end``.
 
@@ -241,10 +107,11 @@ def forward(out, value, offsets, weights, references, levels, scales, steps, siz
     pixels, queries, heads, head_dim, points, reference_levels, box = sizes
     zero, one = weights.dtype.type(0), weights.dtype.type(1)
     stride, point = heads * head_dim, begin * heads * points
-    corners, factors = np.empty(4 * points + 1, np.int64), np.empty(4 * points + 1, weights.dtype)
+    room = 4 * points * heads + 1
+    corners, factors, ends = np.empty(room, np.int64), np.empty(room, weights.dtype), np.empty(heads, np.int64)
     for query in range(begin, end):
+        count = 0
         for head in range(heads):
-            row, count = query * heads + head, 0
             base = query // queries * pixels * stride + head * head_dim
             for level in range(len(levels)):
                 h, w, first, number = levels[level, 0], levels[level, 1], levels[level, 2], levels[level, 3]
@@ -255,28 +122,42 @@ def forward(out, value, offsets, weights, references, levels, scales, steps, siz
                     if box == 4:
                         unit_x, unit_y = unit_x * references[at + 2], unit_y * references[at + 3]
                 for _ in range(number):
-                    at_x, at_y, weight = x + offsets[2 * point] * unit_x, y + offsets[2 * point + 1] * unit_y, weights[point]
+                    at_x, at_y, weight = (
+                        x + offsets[2 * point] * unit_x,
+                        y + offsets[2 * point + 1] * unit_y,
+                        weights[point],
+                    )
                     point += 1
                     counts, px, py, _, _ = _position(at_x, at_y, h, w, scales[level, 0], scales[level, 1], mode)
                     if counts:
-                        count = _corners(corners, factors, count, weight, px, py, h, w, first, stride, not mode[2])
-            _gather(out, row * head_dim, value, base, corners, factors, count, head_dim)
+                        before = count
+                        count = _corners(
+                            corners, factors, count, weight, px, py, h, w, base + first * stride, stride, not mode[2]
+                        )
+                        for i in range(before, count):
+                            prefetch_row(value, corners[i], head_dim)
+            ends[head] = count
+        count = 0
+        for head in range(heads):
+            gather_rows(out, (query * heads + head) * head_dim, value, corners, factors, count, ends[head], head_dim)
+            count = ends[head]
 
 
-@_compiled
+@_compile
 def backward(
     grad_value, grad_offsets, grad_weights, grad_references, grad_output, value, offsets, weights, references,
     levels, scales, steps, sizes, mode, needs, begin, end,
 ):  # fmt: skip
-    """Compute the gradients of the heads (image, head) from ``begin`` to ``end``; the other arguments are as above.
+    """Compute the gradients of the heads, of all images in a row, from ``begin`` to ``end``.
 
-    Args:
-        grad_value: ``[N, S, M, D]``, added to.
-        grad_offsets: ``[N, Lq, M, K, 2]``, written.
-        grad_weights: ``[N, Lq, M, K]``, written.
-        grad_references: as the references, with an axis of M before: the part of each head, added to.
-        grad_output: ``[N, Lq, M, D]``.
-        needs: whether the gradient of value is needed, those of offsets and weights, that of the references.
+    * grad_value: ``[N, S, M, D]``, added to.
+    * grad_offsets: ``[N, Lq, M, K, 2]``, written.
+    * grad_weights: ``[N, Lq, M, K]``, written.
+    * grad_references: as the references, with an axis of M before: the part of each head, added to.
+    * grad_output: ``[N, Lq, M, D]``.
+    * needs: whether the gradient of value is needed, those of offsets and weights, that of the references.
+
+    The others are as above. Heads share nothing that is written, and add up in the order of the queries.
     """
     pixels, queries, heads, head_dim, points, reference_levels, box = sizes
     needs_value, needs_points, needs_references = needs
@@ -314,12 +195,12 @@ def backward(
                             along_x, along_y = right if dx else one - right, bottom if dy else one - bottom
                             place = base + (first + (line + dy) * w + column + dx) * stride
                             if needs_points:
-                                dot = _dot(grad_output, grads, value, place, head_dim)
+                                dot = dot_rows(grad_output, grads, value, place, head_dim)
                                 by_weight += along_x * along_y * dot
                                 by_x += along_y * dot if dx else -along_y * dot
                                 by_y += along_x * dot if dy else -along_x * dot
                             if needs_value:
-                                _add(grad_value, place, weight * along_x * along_y, grad_output, grads, head_dim)
+                                add_row(grad_value, place, weight * along_x * along_y, grad_output, grads, head_dim)
                     if needs_points:
                         by_x = by_x * weight * scales[level, 0] if free_x else zero
                         by_y = by_y * weight * scales[level, 1] if free_y else zero
