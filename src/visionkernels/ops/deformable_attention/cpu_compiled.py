@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import llvmlite.binding
 import numpy as np
@@ -60,13 +60,13 @@ class _Loops:
 
     def array(self, tensor: Tensor) -> np.ndarray:
         """The tensor, flat and in the type that is computed in; not a copy where it is both."""
-        return tensor.detach().to(self.dtype).reshape(-1).contiguous().numpy()
+        return tensor.detach().to(self.dtype).contiguous().numpy().reshape(-1)
 
     def _value(self, value: Tensor) -> np.ndarray:
         bits = _BITS.get(value.dtype)
         if bits is None or self.dtype == torch.float64 or (value.dtype == torch.float16 and not _WIDENS_HALF):
             return self.array(value)
-        return value.detach().reshape(-1).contiguous().view(torch.int16).numpy().view(bits)
+        return value.detach().contiguous().view(torch.int16).numpy().reshape(-1).view(bits)
 
 
 @functools.lru_cache(maxsize=64)
@@ -100,42 +100,27 @@ def attend(inputs: Inputs) -> Tensor:
 
 
 def differentiate(
-    grad_output: Tensor, inputs: Inputs, needs_value: bool, needs_points: bool, needs_references: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Compute the gradients of value, offsets, weights and references, in their dtypes; None where not needed."""
-    value, offsets, weights, references = inputs[:4]
-    empty = value.numel() * weights.numel() == 0
+    grad_output: Tensor, inputs: Inputs, needs_value: bool, needs_points: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Compute the gradients of value, of locations [N, Lq, M, K, 2] and of weights, None where not needed.
+
+    That of value is in its dtype, the others are in the one that is computed in.
+    """
+    value, offsets, weights = inputs[:3]
     loops = _Loops(inputs)
-
-    def room(tensor: Tensor | None, needed: bool, *before: int, zero: bool = empty) -> Any:
-        shape = (0,) if tensor is None or not needed else (*before, *tensor.shape)
-        return value.new_zeros(shape, dtype=loops.dtype) if zero else value.new_empty(shape, dtype=loops.dtype)
-
-    parts = (
-        room(value, needs_value, zero=True),
-        room(offsets, needs_points),
-        room(weights, needs_points),
-        room(references, needs_references, value.shape[2], zero=True),
-    )
-    if not empty:
-        arguments = (*map(loops.array, (*parts, grad_output)), *loops.arguments)
-        needs = needs_value, needs_points, needs_references
+    grad_value = value.new_zeros(value.shape if needs_value else (0,), dtype=loops.dtype)
+    grad_locations = value.new_zeros(offsets.shape if needs_points else (0,), dtype=loops.dtype)
+    grad_weights = value.new_zeros(weights.shape if needs_points else (0,), dtype=loops.dtype)
+    if value.numel() * weights.numel() != 0:
+        written = map(loops.array, (grad_value, grad_locations, grad_weights, grad_output))
+        arguments = *written, *loops.arguments, (needs_value, needs_points)
         cost = 3 * loops.cost * weights.shape[1]
-        share(lambda begin, end: cpu_loops.backward(*arguments, needs, begin, end), loops.units, cost, _LEAST)
-    by_value = parts[0].to(value.dtype) if needs_value else None
-    by_references = parts[3].sum(0).to(references.dtype) if references is not None and needs_references else None
-    by_offsets = parts[1].to(offsets.dtype) if needs_points else None
-    by_weights = parts[2].to(weights.dtype) if needs_points else None
-    return by_value, by_offsets, by_weights, by_references
+        share(lambda begin, end: cpu_loops.backward(*arguments, begin, end), loops.units, cost, _LEAST)
+    by_value = grad_value.to(value.dtype) if needs_value else None
+    return by_value, *((grad_locations, grad_weights) if needs_points else (None, None))
 
 
 def attention(logits: Tensor, *others: Tensor) -> Tensor:
     """The softmax over the points of a head, in the type that is computed in for these tensors."""
     wide = torch.float64 in (t.dtype for t in (logits, *others))
     return logits.softmax(-1, dtype=torch.float64 if wide else torch.float32)
-
-
-def logit_gradient(grad_weights: Tensor, weights: Tensor) -> Tensor:
-    """The gradient of the logits from that of their softmax ``weights``."""
-    product = grad_weights * weights
-    return product.sub_(weights * product.sum(-1, keepdim=True))

@@ -17,8 +17,14 @@ import math
 import numba
 import numpy as np
 
-from visionkernels.ops.deformable_attention.cpu_vectors import add_row, dot_rows, gather_rows, prefetch_row
-
+from visionkernels.ops.deformable_attention.cpu_vectors import (
+    dot_rows,
+    gather_rows,
+    load,
+    prefetch_row,
+    scatter_rows,
+    store,
+)
 
 _OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 _inline = numba.njit(forceinline=True, **_OPTIONS)
@@ -64,26 +70,43 @@ def _position(x, y, h, w, scale_x, scale_y, mode):
 
 
 @_inline
-def _corners(corners, weights, count, factor, px, py, h, w, first, stride, bilinear):
-    """Note the corners of a sample that lie in the level: where their rows begin, and factor times their weight.
+def _corners(places, factors, count, weight, px, py, h, w, first, stride, bilinear):
+    """Note the corners of a sample that lie in the level: where their rows begin, and weight times their own weight.
 
-    All four are written, and ``count``, which is returned, moves on past those that lie inside: no branches, which
-    would be guessed wrong at the edges.
+    Returns:
+        ``count``, moved on past them; one bit for each that was noted; how far the sample is from the first corner.
     """
     one, column, line = type(px)(1), _floor(px), _floor(py)
     right, bottom = px - type(px)(column), py - type(px)(line)
-    left, top = one - right, one - bottom
-    here = first + (line * w + column) * stride
+    left, top = weight * (one - right), one - bottom
+    here, below = first + (line * w + column) * stride, w * stride
     in_left, in_right = column >= 0, (column + 1 < w) & bilinear
     in_top, in_bottom = line >= 0, (line + 1 < h) & bilinear
-    corners[count], weights[count] = here, factor * (left * top)
+    if in_left & in_right & in_top & in_bottom:
+        store(places, count, here)
+        store(factors, count, left * top)
+        store(places, count + 1, here + stride)
+        store(factors, count + 1, weight * right * top)
+        store(places, count + 2, here + below)
+        store(factors, count + 2, left * bottom)
+        store(places, count + 3, here + below + stride)
+        store(factors, count + 3, weight * right * bottom)
+        return count + 4, 15, right, bottom
+    # All are written, and those outside written over: a branch for each would be guessed wrong.
+    store(places, count, here)
+    store(factors, count, left * top)
     count += in_left & in_top
-    corners[count], weights[count] = here + stride, factor * (right * top)
+    store(places, count, here + stride)
+    store(factors, count, weight * right * top)
     count += in_right & in_top
-    corners[count], weights[count] = here + w * stride, factor * (left * bottom)
+    store(places, count, here + below)
+    store(factors, count, left * bottom)
     count += in_left & in_bottom
-    corners[count], weights[count] = here + (w + 1) * stride, factor * (right * bottom)
-    return count + (in_right & in_bottom)
+    store(places, count, here + below + stride)
+    store(factors, count, weight * right * bottom)
+    count += in_right & in_bottom
+    noted = (in_left & in_top) + 2 * (in_right & in_top) + 4 * (in_left & in_bottom) + 8 * (in_right & in_bottom)
+    return count, noted, right, bottom
 
 
 @_compile
@@ -121,21 +144,22 @@ def forward(out, value, offsets, weights, references, levels, scales, steps, siz
                     x, y, unit_x, unit_y = references[at], references[at + 1], steps[level, 0], steps[level, 1]
                     if box == 4:
                         unit_x, unit_y = unit_x * references[at + 2], unit_y * references[at + 3]
+                scale_x, scale_y = scales[level, 0], scales[level, 1]
                 for _ in range(number):
                     at_x, at_y, weight = (
-                        x + offsets[2 * point] * unit_x,
-                        y + offsets[2 * point + 1] * unit_y,
+                        x + load(offsets, 2 * point) * unit_x,
+                        y + load(offsets, 2 * point + 1) * unit_y,
                         weights[point],
                     )
                     point += 1
-                    counts, px, py, _, _ = _position(at_x, at_y, h, w, scales[level, 0], scales[level, 1], mode)
+                    counts, px, py, _, _ = _position(at_x, at_y, h, w, scale_x, scale_y, mode)
                     if counts:
                         before = count
-                        count = _corners(
+                        count, _, _, _ = _corners(
                             corners, factors, count, weight, px, py, h, w, base + first * stride, stride, not mode[2]
                         )
                         for i in range(before, count):
-                            prefetch_row(value, corners[i], head_dim)
+                            prefetch_row(value, load(corners, i), head_dim)
             ends[head] = count
         count = 0
         for head in range(heads):
@@ -145,31 +169,29 @@ def forward(out, value, offsets, weights, references, levels, scales, steps, siz
 
 @_compile
 def backward(
-    grad_value, grad_offsets, grad_weights, grad_references, grad_output, value, offsets, weights, references,
+    grad_value, grad_locations, grad_weights, grad_output, value, offsets, weights, references,
     levels, scales, steps, sizes, mode, needs, begin, end,
 ):  # fmt: skip
     """Compute the gradients of the heads, of all images in a row, from ``begin`` to ``end``.
 
     * grad_value: ``[N, S, M, D]``, added to.
-    * grad_offsets: ``[N, Lq, M, K, 2]``, written.
+    * grad_locations: ``[N, Lq, M, K, 2]``, written.
     * grad_weights: ``[N, Lq, M, K]``, written.
-    * grad_references: as the references, with an axis of M before: the part of each head, added to.
     * grad_output: ``[N, Lq, M, D]``.
-    * needs: whether the gradient of value is needed, those of offsets and weights, that of the references.
+    * needs: whether the gradient of value is needed, and whether those of locations and weights.
 
     The others are as above. Heads share nothing that is written, and add up in the order of the queries.
     """
     pixels, queries, heads, head_dim, points, reference_levels, box = sizes
-    needs_value, needs_points, needs_references = needs
     zero, one, stride = weights.dtype.type(0), weights.dtype.type(1), heads * head_dim
-    all_queries = len(grad_output) // stride
-    nearest = mode[2]
+    needs_value, needs_points = needs
+    room, dtype = 4 * points + 1, weights.dtype
+    places, factors, dots = np.empty(room, np.int64), np.empty(room, dtype), np.empty(room, dtype)
+    notes, spots = np.empty(points, np.int64), np.empty((points, 4), dtype)
     for unit in range(begin, end):
-        image, head = unit // heads, unit % heads
-        base = image * pixels * stride + head * head_dim
-        for query in range(image * queries, (image + 1) * queries):
-            row = query * heads + head
-            grads, point = row * head_dim, row * points
+        for query in range(unit // heads * queries, (unit // heads + 1) * queries):
+            row, count, k = query * heads + unit % heads, 0, 0
+            base = unit // heads * pixels * stride + unit % heads * head_dim
             for level in range(len(levels)):
                 h, w, first, number = levels[level, 0], levels[level, 1], levels[level, 2], levels[level, 3]
                 x, y, unit_x, unit_y = zero, zero, one, one
@@ -178,46 +200,46 @@ def backward(
                     x, y, unit_x, unit_y = references[at], references[at + 1], steps[level, 0], steps[level, 1]
                     if box == 4:
                         unit_x, unit_y = unit_x * references[at + 2], unit_y * references[at + 3]
-                sum_x, sum_y, sum_w, sum_h = zero, zero, zero, zero
+                scale_x, scale_y = scales[level, 0], scales[level, 1]
                 for _ in range(number):
-                    offset_x, offset_y, weight = offsets[2 * point], offsets[2 * point + 1], weights[point]
-                    counts, px, py, free_x, free_y = _position(
-                        x + offset_x * unit_x, y + offset_y * unit_y, h, w, scales[level, 0], scales[level, 1], mode
-                    )
-                    by_x, by_y, by_weight = zero, zero, zero
+                    point = row * points + k
+                    at_x, at_y = x + load(offsets, 2 * point) * unit_x, y + load(offsets, 2 * point + 1) * unit_y
+                    counts, px, py, free_x, free_y = _position(at_x, at_y, h, w, scale_x, scale_y, mode)
+                    store(notes, k, 0)
                     if counts:
-                        column, line = _floor(px), _floor(py)
-                        right, bottom = px - type(px)(column), py - type(py)(line)
-                        for corner in range(1 if nearest else 4):
-                            dx, dy = corner & 1, corner >> 1
-                            if line + dy < 0 or line + dy >= h or column + dx < 0 or column + dx >= w:
-                                continue
-                            along_x, along_y = right if dx else one - right, bottom if dy else one - bottom
-                            place = base + (first + (line + dy) * w + column + dx) * stride
-                            if needs_points:
-                                dot = dot_rows(grad_output, grads, value, place, head_dim)
-                                by_weight += along_x * along_y * dot
-                                by_x += along_y * dot if dx else -along_y * dot
-                                by_y += along_x * dot if dy else -along_x * dot
-                            if needs_value:
-                                add_row(grad_value, place, weight * along_x * along_y, grad_output, grads, head_dim)
-                    if needs_points:
-                        by_x = by_x * weight * scales[level, 0] if free_x else zero
-                        by_y = by_y * weight * scales[level, 1] if free_y else zero
-                        grad_offsets[2 * point] = by_x * unit_x if free_x else zero
-                        grad_offsets[2 * point + 1] = by_y * unit_y if free_y else zero
-                        grad_weights[point] = by_weight
-                        sum_x, sum_y = sum_x + by_x, sum_y + by_y
-                        if box == 4:
-                            if free_x:
-                                sum_w += by_x * offset_x * steps[level, 0]
-                            if free_y:
-                                sum_h += by_y * offset_y * steps[level, 1]
-                    point += 1
-                if needs_references:
-                    at = (head * all_queries + query) * reference_levels + (level if reference_levels > 1 else 0)
-                    grad_references[at * box] += sum_x
-                    grad_references[at * box + 1] += sum_y
-                    if box == 4:
-                        grad_references[at * box + 2] += sum_w
-                        grad_references[at * box + 3] += sum_h
+                        before, weight = count, load(weights, point)
+                        count, noted, right, bottom = _corners(
+                            places, factors, count, weight, px, py, h, w, base + first * stride, stride, not mode[2]
+                        )
+                        for i in range(before, count):
+                            prefetch_row(value, load(places, i), head_dim if needs_points else 0)
+                            prefetch_row(grad_value, load(places, i), head_dim if needs_value else 0)
+                        store(notes, k, noted + 16 * free_x + 32 * free_y)
+                        store(spots, 4 * k, right)
+                        store(spots, 4 * k + 1, bottom)
+                        store(spots, 4 * k + 2, weight * scale_x)
+                        store(spots, 4 * k + 3, weight * scale_y)
+                    k += 1
+            if needs_value:
+                scatter_rows(grad_value, places, factors, 0, count, grad_output, row * head_dim, head_dim)
+            if needs_points:
+                dot_rows(dots, grad_output, row * head_dim, value, places, 0, count, head_dim)
+                count = 0
+                for k in range(points):
+                    noted, point = load(notes, k), row * points + k
+                    d00 = load(dots, count) if noted & 1 else zero
+                    count += noted & 1
+                    d01 = load(dots, count) if noted & 2 else zero
+                    count += noted >> 1 & 1
+                    d10 = load(dots, count) if noted & 4 else zero
+                    count += noted >> 2 & 1
+                    d11 = load(dots, count) if noted & 8 else zero
+                    count += noted >> 3 & 1
+                    right, bottom = load(spots, 4 * k), load(spots, 4 * k + 1)
+                    left, top = one - right, one - bottom
+                    by_x = (top * (d01 - d00) + bottom * (d11 - d10)) * load(spots, 4 * k + 2)
+                    by_y = (left * (d10 - d00) + right * (d11 - d01)) * load(spots, 4 * k + 3)
+                    by_weight = top * (left * d00 + right * d01) + bottom * (left * d10 + right * d11)
+                    store(grad_locations, 2 * point, by_x if noted & 16 else zero)
+                    store(grad_locations, 2 * point + 1, by_y if noted & 32 else zero)
+                    store(grad_weights, point, by_weight if noted else zero)

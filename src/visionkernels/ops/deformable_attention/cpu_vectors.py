@@ -118,40 +118,70 @@ def prefetch_row(typing, value, place, channels):
 
 
 @intrinsic
-def dot_rows(typing, grads, at, value, place, channels):
-    """Inner product of ``grads[at]`` and ``value[place]``."""
+def dot_rows(typing, dots, grads, at, value, places, begin, end, channels):
+    """Store the inner product of ``grads[at]`` and ``value[places[i]]`` in ``dots[i]``, i from begin to end."""
 
     def generate(context, builder, signature, arguments):
-        grads, at, value, place, channels = _data(context, builder, signature, arguments)
+        dots, grads, at, value, places, begin, end, channels = _data(context, builder, signature, arguments)
         wide, size = _wide(context, signature.args[0])
-        total = cgutils.alloca_once_value(builder, ir.Constant(wide, 0.0))
+        bytes_ = builder.mul(builder.sub(end, begin), ir.Constant(end.type, size))
+        cgutils.memset(builder, builder.gep(dots, [begin]), bytes_, 0)
         for width, channel in _blocks(builder, channels):
-            left = _load(builder, signature.args[0].dtype, grads, builder.add(at, channel), width, wide)
-            right = _load(builder, signature.args[2].dtype, value, builder.add(place, channel), width, wide)
-            name = f"llvm.vector.reduce.fadd.v{width}f{8 * size}"
+            left = _load(builder, signature.args[1].dtype, grads, builder.add(at, channel), width, wide)
             reduce = ir.FunctionType(wide, [wide, left.type])
+            name = f"llvm.vector.reduce.fadd.v{width}f{8 * size}"
             reduce = cgutils.get_or_insert_function(builder.module, reduce, name)
-            product = builder.fmul(left, right, flags=_SUM)
-            builder.store(builder.call(reduce, [builder.load(total), product], fastmath=_SUM), total)
-        return builder.load(total)
+            with cgutils.for_range_slice(builder, begin, end, ir.Constant(end.type, 1)) as (i, _):
+                place = builder.add(builder.load(builder.gep(places, [i])), channel)
+                right = _load(builder, signature.args[3].dtype, value, place, width, wide)
+                product, dot = builder.fmul(left, right, flags=_SUM), builder.gep(dots, [i])
+                builder.store(builder.call(reduce, [builder.load(dot), product], fastmath=_SUM), dot)
+        return context.get_dummy_value()
 
-    return grads.dtype(grads, types.intp, value, types.intp, types.intp), generate
+    scalars = types.intp
+    return types.void(dots, grads, scalars, value, places, scalars, scalars, scalars), generate
 
 
 @intrinsic
-def add_row(typing, sums, place, factor, grads, at, channels):
-    """Add ``factor * grads[at]`` to ``sums[place]``."""
+def scatter_rows(typing, sums, places, factors, begin, end, grads, at, channels):
+    """Add ``factors[i] * grads[at]`` to ``sums[places[i]]``, i from begin to end."""
 
     def generate(context, builder, signature, arguments):
-        sums, place, factor, grads, at, channels = _data(context, builder, signature, arguments)
+        sums, places, factors, begin, end, grads, at, channels = _data(context, builder, signature, arguments)
         wide, size = _wide(context, signature.args[0])
         dtype = signature.args[0].dtype
         for width, channel in _blocks(builder, channels):
-            product = _load(builder, dtype, grads, builder.add(at, channel), width, wide)
-            product = builder.fmul(product, _spread(builder, factor, width), flags=_SUM)
-            to = builder.add(place, channel)
-            total = builder.fadd(_load(builder, dtype, sums, to, width, wide), product, flags=_SUM)
-            builder.store(total, _at(builder, sums, to, width), align=size)
+            row = _load(builder, dtype, grads, builder.add(at, channel), width, wide)
+            with cgutils.for_range_slice(builder, begin, end, ir.Constant(end.type, 1)) as (i, _):
+                place = builder.add(builder.load(builder.gep(places, [i])), channel)
+                factor = _spread(builder, builder.load(builder.gep(factors, [i])), width)
+                total = _load(builder, dtype, sums, place, width, wide)
+                total = builder.fadd(total, builder.fmul(row, factor, flags=_SUM), flags=_SUM)
+                builder.store(total, _at(builder, sums, place, width), align=size)
         return context.get_dummy_value()
 
-    return types.void(sums, types.intp, sums.dtype, grads, types.intp, types.intp), generate
+    scalars = types.intp
+    return types.void(sums, places, factors, scalars, scalars, grads, scalars, scalars), generate
+
+
+@intrinsic
+def load(typing, array, index):
+    """``array[index]`` of a flat array; Numba's own would look whether the index is negative."""
+
+    def generate(context, builder, signature, arguments):
+        array, index = _data(context, builder, signature, arguments)
+        return builder.load(builder.gep(array, [index]))
+
+    return array.dtype(array, types.intp), generate
+
+
+@intrinsic
+def store(typing, array, index, element):
+    """``array[index] = element``, as ``load``."""
+
+    def generate(context, builder, signature, arguments):
+        array, index, element = _data(context, builder, signature, arguments)
+        builder.store(element, builder.gep(array, [index]))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, array.dtype), generate
