@@ -81,7 +81,7 @@ def _levels(
     # Levels without pixels or points are not read.
     steps = [(0.5 / max(p, 1),) * 2 if boxes else (1 / max(w, 1), 1 / max(h, 1)) for h, w, _, p in levels]
     wide = np.float64 if dtype == torch.float64 else np.float32
-    return np.array(levels, np.int64), np.array(scales, wide), np.array(steps, wide)
+    return np.array(levels, np.int64).ravel(), np.array(scales, wide).ravel(), np.array(steps, wide).ravel()
 
 
 def attend(inputs: Inputs) -> Tensor:

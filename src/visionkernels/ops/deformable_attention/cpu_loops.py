@@ -129,42 +129,42 @@ def forward(out, value, offsets, weights, references, levels, scales, steps, siz
     """
     pixels, queries, heads, head_dim, points, reference_levels, box = sizes
     zero, one = weights.dtype.type(0), weights.dtype.type(1)
-    stride, point = heads * head_dim, begin * heads * points
-    room = 4 * points * heads + 1
-    corners, factors, ends = np.empty(room, np.int64), np.empty(room, weights.dtype), np.empty(heads, np.int64)
+    stride, room = heads * head_dim, 4 * points  # for the corners of a head
+    places, factors = np.empty(heads * room, np.int64), np.empty(heads * room, weights.dtype)
+    ends = np.empty(heads, np.int64)
     for query in range(begin, end):
-        count = 0
         for head in range(heads):
-            base = query // queries * pixels * stride + head * head_dim
-            for level in range(len(levels)):
-                h, w, first, number = levels[level, 0], levels[level, 1], levels[level, 2], levels[level, 3]
-                x, y, unit_x, unit_y = zero, zero, one, one
-                if box:  # else offsets are locations
-                    at = (query * reference_levels + min(level, reference_levels - 1)) * box
-                    x, y, unit_x, unit_y = references[at], references[at + 1], steps[level, 0], steps[level, 1]
-                    if box == 4:
-                        unit_x, unit_y = unit_x * references[at + 2], unit_y * references[at + 3]
-                scale_x, scale_y = scales[level, 0], scales[level, 1]
-                for _ in range(number):
-                    at_x, at_y, weight = (
-                        x + load(offsets, 2 * point) * unit_x,
-                        y + load(offsets, 2 * point + 1) * unit_y,
-                        weights[point],
-                    )
-                    point += 1
+            store(ends, head, head * room)
+        base, k = query // queries * pixels * stride, 0
+        for level in range(len(levels) // 4):
+            h, w = load(levels, 4 * level), load(levels, 4 * level + 1)
+            first, number = load(levels, 4 * level + 2), load(levels, 4 * level + 3)
+            scale_x, scale_y = load(scales, 2 * level), load(scales, 2 * level + 1)
+            x, y, unit_x, unit_y = zero, zero, one, one
+            if box:  # else offsets are locations
+                at = (query * reference_levels + min(level, reference_levels - 1)) * box
+                x, y = load(references, at), load(references, at + 1)
+                unit_x, unit_y = load(steps, 2 * level), load(steps, 2 * level + 1)
+                if box == 4:
+                    unit_x, unit_y = unit_x * load(references, at + 2), unit_y * load(references, at + 3)
+            for head in range(heads):
+                row, count = (query * heads + head) * points + k, load(ends, head)
+                start = base + first * stride + head * head_dim
+                for point in range(row, row + number):
+                    at_x, at_y = x + load(offsets, 2 * point) * unit_x, y + load(offsets, 2 * point + 1) * unit_y
                     counts, px, py, _, _ = _position(at_x, at_y, h, w, scale_x, scale_y, mode)
                     if counts:
-                        before = count
+                        before, weight = count, load(weights, point)
                         count, _, _, _ = _corners(
-                            corners, factors, count, weight, px, py, h, w, base + first * stride, stride, not mode[2]
+                            places, factors, count, weight, px, py, h, w, start, stride, not mode[2]
                         )
                         for i in range(before, count):
-                            prefetch_row(value, load(corners, i), head_dim)
-            ends[head] = count
-        count = 0
+                            prefetch_row(value, load(places, i), head_dim)
+                store(ends, head, count)
+            k += number
         for head in range(heads):
-            gather_rows(out, (query * heads + head) * head_dim, value, corners, factors, count, ends[head], head_dim)
-            count = ends[head]
+            at, begun = (query * heads + head) * head_dim, head * room
+            gather_rows(out, at, value, places, factors, begun, load(ends, head), head_dim)
 
 
 @_compile
@@ -185,22 +185,24 @@ def backward(
     pixels, queries, heads, head_dim, points, reference_levels, box = sizes
     zero, one, stride = weights.dtype.type(0), weights.dtype.type(1), heads * head_dim
     needs_value, needs_points = needs
-    room, dtype = 4 * points + 1, weights.dtype
+    room, dtype = 4 * points, weights.dtype
     places, factors, dots = np.empty(room, np.int64), np.empty(room, dtype), np.empty(room, dtype)
     notes, spots = np.empty(points, np.int64), np.empty((points, 4), dtype)
     for unit in range(begin, end):
         for query in range(unit // heads * queries, (unit // heads + 1) * queries):
             row, count, k = query * heads + unit % heads, 0, 0
             base = unit // heads * pixels * stride + unit % heads * head_dim
-            for level in range(len(levels)):
-                h, w, first, number = levels[level, 0], levels[level, 1], levels[level, 2], levels[level, 3]
+            for level in range(len(levels) // 4):
+                h, w = load(levels, 4 * level), load(levels, 4 * level + 1)
+                first, number = load(levels, 4 * level + 2), load(levels, 4 * level + 3)
+                scale_x, scale_y = load(scales, 2 * level), load(scales, 2 * level + 1)
                 x, y, unit_x, unit_y = zero, zero, one, one
                 if box:  # else offsets are locations
                     at = (query * reference_levels + min(level, reference_levels - 1)) * box
-                    x, y, unit_x, unit_y = references[at], references[at + 1], steps[level, 0], steps[level, 1]
+                    x, y = load(references, at), load(references, at + 1)
+                    unit_x, unit_y = load(steps, 2 * level), load(steps, 2 * level + 1)
                     if box == 4:
-                        unit_x, unit_y = unit_x * references[at + 2], unit_y * references[at + 3]
-                scale_x, scale_y = scales[level, 0], scales[level, 1]
+                        unit_x, unit_y = unit_x * load(references, at + 2), unit_y * load(references, at + 3)
                 for _ in range(number):
                     point = row * points + k
                     at_x, at_y = x + load(offsets, 2 * point) * unit_x, y + load(offsets, 2 * point + 1) * unit_y
