@@ -98,9 +98,8 @@ def backward(
         inputs = compiled.Inputs(
             value, sampling_locations, attention_weights, None, spatial_shapes, tuple(num_points), mode
         )
-        grad_value, *others = compiled.differentiate(grad_output, inputs, needs_value, needs_points)
-        given = sampling_locations.dtype, attention_weights.dtype
-        return grad_value, *(None if g is None else g.to(dtype) for g, dtype in zip(others, given, strict=True))
+        grad_value, *others, _ = compiled.differentiate(grad_output, inputs, needs_value, needs_points)
+        return grad_value, *_cast(others, sampling_locations, attention_weights)
     points = Points(sampling_locations, attention_weights, num_points, value.dtype)
     grad_value = differentiate(grad_output, value, spatial_shapes, points, mode, needs_value, needs_points)
     return grad_value, *(points.gradients if needs_points else (None, None))
@@ -171,24 +170,26 @@ def fused_backward(
     """
     mode = Mode(padding_mode, align_corners, "bilinear")
     masked, needs_either = _masked(value, value_mask), needs_reference or needs_points
-    points = FusedPoints(reference_points, sampling_offsets, attention_logits, spatial_shapes, num_points, value.dtype)
     if (compiled := _compiled()) is not None:
         weights = compiled.attention(attention_logits, value, reference_points, sampling_offsets)
         inputs = masked, sampling_offsets, weights, reference_points, spatial_shapes, tuple(num_points), mode
-        grad_value, locations, attention = compiled.differentiate(
-            grad_output, compiled.Inputs(*inputs), needs_value, needs_either
-        )
-        if needs_either:
-            points.start_gradients()
-            for image in range(len(value)):
-                points.write((image, slice(None), slice(None)), locations[image].movedim(-1, 0), attention[image])
+        needs = needs_value, needs_either, needs_reference
+        grad_value, *points, reference = compiled.differentiate(grad_output, compiled.Inputs(*inputs), *needs)
     else:
-        grad_value = differentiate(grad_output, masked, spatial_shapes, points, mode, needs_value, needs_either)
+        given = FusedPoints(
+            reference_points, sampling_offsets, attention_logits, spatial_shapes, num_points, value.dtype
+        )
+        grad_value = differentiate(grad_output, masked, spatial_shapes, given, mode, needs_value, needs_either)
+        reference, *points = given.gradients if needs_either else (None, None, None)
     if grad_value is not None:
         grad_value = _masked(grad_value, value_mask)
-    reference, offsets, logits = points.gradients if needs_either else (None, None, None)
-    reference = reference.to(reference_points.dtype) if reference is not None and needs_reference else None
-    return grad_value, reference, *((offsets, logits) if needs_points else (None, None))
+    (reference,) = _cast([reference if needs_reference else None], reference_points)
+    return grad_value, reference, *_cast(points if needs_points else (None, None), sampling_offsets, attention_logits)
+
+
+def _cast(gradients: Sequence[Tensor | None], *tensors: Tensor) -> list[Tensor | None]:
+    """The gradients in the dtypes of their tensors."""
+    return [None if g is None else g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True)]
 
 
 def _masked(value: Tensor, mask: Tensor | None) -> Tensor:

@@ -100,24 +100,30 @@ def attend(inputs: Inputs) -> Tensor:
 
 
 def differentiate(
-    grad_output: Tensor, inputs: Inputs, needs_value: bool, needs_points: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Compute the gradients of value, of locations [N, Lq, M, K, 2] and of weights, None where not needed.
+    grad_output: Tensor, inputs: Inputs, needs_value: bool, needs_points: bool, needs_references: bool = False
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Compute the gradients of value, offsets, weights and references, None where not needed.
 
-    That of value is in its dtype, the others are in the one that is computed in.
+    Where there are references, the third is that of the logits. The first is in the dtype of value, the others are in
+    the one that is computed in. That of the references needs those of the points.
     """
-    value, offsets, weights = inputs[:3]
+    value, offsets, weights, references = inputs[:4]
     loops = _Loops(inputs)
-    grad_value = value.new_zeros(value.shape if needs_value else (0,), dtype=loops.dtype)
-    grad_locations = value.new_zeros(offsets.shape if needs_points else (0,), dtype=loops.dtype)
-    grad_weights = value.new_zeros(weights.shape if needs_points else (0,), dtype=loops.dtype)
+
+    def zeros(tensor: Tensor, needed: bool, *before: int) -> Tensor:
+        return value.new_zeros((*before, *tensor.shape) if needed else (0,), dtype=loops.dtype)
+
+    grad_value = zeros(value, needs_value)
+    grad_offsets, grad_weights = zeros(offsets, needs_points), zeros(weights, needs_points)
+    parts = zeros(weights if references is None else references, needs_references, value.shape[2])
     if value.numel() * weights.numel() != 0:
-        written = map(loops.array, (grad_value, grad_locations, grad_weights, grad_output))
-        arguments = *written, *loops.arguments, (needs_value, needs_points)
+        written = map(loops.array, (grad_value, grad_offsets, grad_weights, parts, grad_output))
+        arguments = *written, *loops.arguments, (needs_value, needs_points, needs_references)
         cost = 3 * loops.cost * weights.shape[1]
         share(lambda begin, end: cpu_loops.backward(*arguments, begin, end), loops.units, cost, _LEAST)
     by_value = grad_value.to(value.dtype) if needs_value else None
-    return by_value, *((grad_locations, grad_weights) if needs_points else (None, None))
+    by_points = (grad_offsets, grad_weights) if needs_points else (None, None)
+    return by_value, *by_points, parts.sum(0) if needs_references else None
 
 
 def attention(logits: Tensor, *others: Tensor) -> Tensor:

@@ -169,25 +169,27 @@ def forward(out, value, offsets, weights, references, levels, scales, steps, siz
 
 @_compile
 def backward(
-    grad_value, grad_locations, grad_weights, grad_output, value, offsets, weights, references,
+    grad_value, grad_offsets, grad_weights, grad_references, grad_output, value, offsets, weights, references,
     levels, scales, steps, sizes, mode, needs, begin, end,
 ):  # fmt: skip
     """Compute the gradients of the heads, of all images in a row, from ``begin`` to ``end``.
 
     * grad_value: ``[N, S, M, D]``, added to.
-    * grad_locations: ``[N, Lq, M, K, 2]``, written.
-    * grad_weights: ``[N, Lq, M, K]``, written.
+    * grad_offsets: ``[N, Lq, M, K, 2]``, written.
+    * grad_weights: ``[N, Lq, M, K]``, written; where there are references, what the weights are the softmax of.
+    * grad_references: as the references, with an axis of M before: the part of each head, added to.
     * grad_output: ``[N, Lq, M, D]``.
-    * needs: whether the gradient of value is needed, and whether those of locations and weights.
+    * needs: whether the gradient of value is needed, those of offsets and weights, that of the references.
 
     The others are as above. Heads share nothing that is written, and add up in the order of the queries.
     """
     pixels, queries, heads, head_dim, points, reference_levels, box = sizes
     zero, one, stride = weights.dtype.type(0), weights.dtype.type(1), heads * head_dim
-    needs_value, needs_points = needs
+    needs_value, needs_points, needs_references = needs
+    all_queries = len(grad_output) // stride
     room, dtype = 4 * points, weights.dtype
     places, factors, dots = np.empty(room, np.int64), np.empty(room, dtype), np.empty(room, dtype)
-    notes, spots = np.empty(points, np.int64), np.empty((points, 4), dtype)
+    notes, spots = np.empty(points, np.int64), np.empty((points, 6), dtype)
     for unit in range(begin, end):
         for query in range(unit // heads * queries, (unit // heads + 1) * queries):
             row, count, k = query * heads + unit % heads, 0, 0
@@ -216,17 +218,19 @@ def backward(
                         for i in range(before, count):
                             prefetch_row(value, load(places, i), head_dim if needs_points else 0)
                             prefetch_row(grad_value, load(places, i), head_dim if needs_value else 0)
-                        store(notes, k, noted + 16 * free_x + 32 * free_y)
-                        store(spots, 4 * k, right)
-                        store(spots, 4 * k + 1, bottom)
-                        store(spots, 4 * k + 2, weight * scale_x)
-                        store(spots, 4 * k + 3, weight * scale_y)
+                        store(notes, k, noted + 16 * free_x + 32 * free_y + 64 * level)
+                        store(spots, 6 * k, right)
+                        store(spots, 6 * k + 1, bottom)
+                        store(spots, 6 * k + 2, weight * scale_x)
+                        store(spots, 6 * k + 3, weight * scale_y)
+                        store(spots, 6 * k + 4, unit_x)
+                        store(spots, 6 * k + 5, unit_y)
                     k += 1
             if needs_value:
                 scatter_rows(grad_value, places, factors, 0, count, grad_output, row * head_dim, head_dim)
             if needs_points:
                 dot_rows(dots, grad_output, row * head_dim, value, places, 0, count, head_dim)
-                count = 0
+                count, mean = 0, zero
                 for k in range(points):
                     noted, point = load(notes, k), row * points + k
                     d00 = load(dots, count) if noted & 1 else zero
@@ -237,11 +241,30 @@ def backward(
                     count += noted >> 2 & 1
                     d11 = load(dots, count) if noted & 8 else zero
                     count += noted >> 3 & 1
-                    right, bottom = load(spots, 4 * k), load(spots, 4 * k + 1)
+                    right, bottom = load(spots, 6 * k), load(spots, 6 * k + 1)
                     left, top = one - right, one - bottom
-                    by_x = (top * (d01 - d00) + bottom * (d11 - d10)) * load(spots, 4 * k + 2)
-                    by_y = (left * (d10 - d00) + right * (d11 - d01)) * load(spots, 4 * k + 3)
+                    by_x = (top * (d01 - d00) + bottom * (d11 - d10)) * load(spots, 6 * k + 2)
+                    by_y = (left * (d10 - d00) + right * (d11 - d01)) * load(spots, 6 * k + 3)
                     by_weight = top * (left * d00 + right * d01) + bottom * (left * d10 + right * d11)
-                    store(grad_locations, 2 * point, by_x if noted & 16 else zero)
-                    store(grad_locations, 2 * point + 1, by_y if noted & 32 else zero)
-                    store(grad_weights, point, by_weight if noted else zero)
+                    # What did not move the sample gets exactly 0, whatever it would be multiplied by.
+                    by_x, by_y = by_x if noted & 16 else zero, by_y if noted & 32 else zero
+                    by_weight = by_weight if noted else zero
+                    mean += by_weight * load(weights, point)
+                    store(grad_weights, point, by_weight)
+                    store(grad_offsets, 2 * point, by_x * load(spots, 6 * k + 4) if noted & 16 else zero)
+                    store(grad_offsets, 2 * point + 1, by_y * load(spots, 6 * k + 5) if noted & 32 else zero)
+                    if needs_references:
+                        level = min(noted >> 6, reference_levels - 1)
+                        at = (((unit % heads) * all_queries + query) * reference_levels + level) * box
+                        store(grad_references, at, load(grad_references, at) + by_x)
+                        store(grad_references, at + 1, load(grad_references, at + 1) + by_y)
+                        if box == 4 and noted & 16:
+                            by_x *= load(offsets, 2 * point) * load(steps, 2 * (noted >> 6))
+                            store(grad_references, at + 2, load(grad_references, at + 2) + by_x)
+                        if box == 4 and noted & 32:
+                            by_y *= load(offsets, 2 * point + 1) * load(steps, 2 * (noted >> 6) + 1)
+                            store(grad_references, at + 3, load(grad_references, at + 3) + by_y)
+                if box:
+                    for point in range(row * points, (row + 1) * points):
+                        by_weight = load(grad_weights, point) - mean
+                        store(grad_weights, point, by_weight * load(weights, point))
