@@ -41,18 +41,24 @@ LEVELS = {
 }
 
 
-@pytest.fixture(params=["images", "heads", "blocks", "compiled", "compiled-threads"])
+@pytest.fixture(params=["images", "heads", "blocks", "compiled", "compiled-openmp", "compiled-pool"])
 def way(request, monkeypatch):
     """The ways through the work.
 
     In PyTorch's operators: an image at a time, a head at a time, and in blocks of few queries. Compiled by Numba: in
-    one piece, and in many by three threads.
+    one piece, and in many by three threads, those of PyTorch's OpenMP or of a pool.
     """
     if request.param.startswith("compiled"):
         pytest.importorskip("numba")
-        if request.param == "compiled-threads":
-            monkeypatch.setattr(cpu._compiled(), "_LEAST", 1)
+        compiled = cpu._compiled()
+        if request.param != "compiled":
+            monkeypatch.setattr(compiled, "_LEAST", 1)
             monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+        if request.param == "compiled-openmp" and compiled.open_mp() is None:
+            pytest.skip("PyTorch has no OpenMP that can be called here")
+        if request.param == "compiled-pool":
+            monkeypatch.setattr(compiled, "_LEAST_OF_POOL", 1)
+            monkeypatch.setattr(compiled, "open_mp", lambda: None)
         return
     monkeypatch.setattr(cpu, "_compiled", lambda: None)
     if request.param != "images":  # a head at a time, where it has no fewer points than the levels pixels

@@ -64,18 +64,23 @@ def test_halves_are_widened_before_where_the_processor_cannot(monkeypatch):
     assert torch.equal(call(case, inputs)[0], expected)
 
 
-@pytest.fixture
-def many_pieces(monkeypatch):
+@pytest.fixture(params=["openmp", "pool"])
+def many_pieces(request, monkeypatch):
     monkeypatch.setattr(cpu_compiled, "_LEAST", 1)
+    monkeypatch.setattr(cpu_compiled, "_LEAST_OF_POOL", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    if request.param == "pool":
+        monkeypatch.setattr(cpu_compiled, "open_mp", lambda: None)
+    elif cpu_compiled.open_mp() is None:
+        pytest.skip("PyTorch has no OpenMP that can be called here")
 
 
+@pytest.mark.usefixtures("many_pieces")
 def test_threads_change_no_bit(monkeypatch):
     case = Case(shapes=((9, 9), (4, 5)), queries=300)
     inputs, grad_output = make_inputs(case), torch.randn(case.batch, case.queries, case.heads * case.head_dim)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     expected = call(case, inputs, grad_output)
-    monkeypatch.setattr(cpu_compiled, "_LEAST", 1)
     for threads in (2, 3, 7):
         monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
         assert all(map(torch.equal, call(case, inputs, grad_output), expected))
@@ -92,7 +97,7 @@ def test_calls_from_many_threads():
 
 
 def _child(inputs, case, queue):
-    queue.put(call(case, inputs)[0].tolist())
+    queue.put((cpu_threads.open_mp() is None, call(case, inputs)[0].tolist()))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -106,7 +111,7 @@ def test_a_forked_process_has_threads_of_its_own():
     child = context.Process(target=_child, args=(inputs, case, queue))
     child.start()
     try:
-        assert queue.get(timeout=60) == expected.tolist()
+        assert queue.get(timeout=60) == (True, expected.tolist())
     finally:
         child.kill()
         child.join()

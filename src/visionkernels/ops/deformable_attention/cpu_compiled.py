@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import llvmlite.binding
 import numpy as np
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from visionkernels.ops.deformable_attention import cpu_loops
 from visionkernels.ops.deformable_attention.cpu_samples import Mode, Shapes
-from visionkernels.ops.deformable_attention.cpu_threads import share
+from visionkernels.ops.deformable_attention.cpu_threads import divide, open_mp, share
 
-_LEAST = 2**19  # products of a thread; waking one up takes as long as a few of these
+_LEAST = 2**17  # products of a thread, that of PyTorch's OpenMP
+_LEAST_OF_POOL = 2**20  # of one that sleeps
 # Without the instruction LLVM calls a function that is not there.
 _WIDENS_HALF = platform.machine().lower() not in ("x86_64", "amd64", "i686", "x86") or bool(
     llvmlite.binding.get_host_cpu_features().get("f16c")
@@ -58,6 +59,28 @@ class _Loops:
             (mode.padding_mode == "border", mode.align_corners, mode.method == "nearest"),
         )
 
+    def run(self, loop: Any, written: tuple[np.ndarray, ...], total: int, cost: int, *needs: bool) -> None:
+        """Run a loop of ``cpu_loops`` from 0 to ``total``, each of which is ``cost`` products, in threads."""
+        arguments = *written, *self.arguments, *((needs,) if needs else ())
+        parallel = open_mp()
+        if parallel is None:
+            share(lambda begin, end: loop(*arguments, begin, end), total, cost, _LEAST_OF_POOL)
+            return
+        threads, pieces = divide(total, cost, _LEAST)
+        if threads == 1:
+            loop(*arguments, 0, total)
+            return
+        arrays = [a for a in arguments if isinstance(a, np.ndarray)]
+        places = [number for a in arrays for number in (a.__array_interface__["data"][0], a.size)]
+        job = np.zeros(cpu_loops.JOB, np.int64)
+        job[1], job[2] = pieces, total
+        job[cpu_loops.ARRAYS : cpu_loops.ARRAYS + len(places)] = places
+        numbers = [number for a in arguments if isinstance(a, tuple) for number in a]
+        job[cpu_loops.NUMBERS : cpu_loops.NUMBERS + len(numbers)] = numbers
+        held = self.arguments[0].dtype
+        function = cpu_loops.pieces(loop, written[0].dtype, held)
+        parallel(function, job.ctypes.data, threads, 0)
+
     def array(self, tensor: Tensor) -> np.ndarray:
         """The tensor, flat and in the type that is computed in; not a copy where it is both."""
         return tensor.detach().to(self.dtype).contiguous().numpy().reshape(-1)
@@ -92,10 +115,7 @@ def attend(inputs: Inputs) -> Tensor:
         return value.new_zeros(shape)
     loops = _Loops(inputs)
     output = value.new_empty(shape, dtype=loops.dtype)
-    arguments = loops.array(output), *loops.arguments
-    share(
-        lambda begin, end: cpu_loops.forward(*arguments, begin, end), loops.queries, loops.cost * value.shape[2], _LEAST
-    )
+    loops.run(cpu_loops.forward, (loops.array(output),), loops.queries, loops.cost * value.shape[2])
     return output.to(value.dtype)
 
 
@@ -117,10 +137,9 @@ def differentiate(
     grad_offsets, grad_weights = zeros(offsets, needs_points), zeros(weights, needs_points)
     parts = zeros(weights if references is None else references, needs_references, value.shape[2])
     if value.numel() * weights.numel() != 0:
-        written = map(loops.array, (grad_value, grad_offsets, grad_weights, parts, grad_output))
-        arguments = *written, *loops.arguments, (needs_value, needs_points, needs_references)
+        written = (*map(loops.array, (grad_value, grad_offsets, grad_weights, parts, grad_output)),)
         cost = 3 * loops.cost * weights.shape[1]
-        share(lambda begin, end: cpu_loops.backward(*arguments, begin, end), loops.units, cost, _LEAST)
+        loops.run(cpu_loops.backward, written, loops.units, cost, needs_value, needs_points, needs_references)
     by_value = grad_value.to(value.dtype) if needs_value else None
     by_points = (grad_offsets, grad_weights) if needs_points else (None, None)
     return by_value, *by_points, parts.sum(0) if needs_references else None

@@ -12,18 +12,22 @@ Source: Zhu et al., "Deformable DETR" (https://arxiv.org/abs/2010.04159), equati
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numba
 import numpy as np
+from numba import types
 
 from visionkernels.ops.deformable_attention.cpu_vectors import (
     dot_rows,
+    flat_array,
     gather_rows,
     load,
     prefetch_row,
     scatter_rows,
     store,
+    take_one,
 )
 
 _OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
@@ -268,3 +272,90 @@ def backward(
                     for point in range(row * points, (row + 1) * points):
                         by_weight = load(grad_weights, point) - mean
                         store(grad_weights, point, by_weight * load(weights, point))
+
+
+# A job for threads: the next piece, pieces, total; from ARRAYS on address and length of each array; from NUMBERS on
+# sizes, mode, and what is needed.
+JOB, ARRAYS, NUMBERS = 64, 8, 40
+
+
+@_inline
+def _array(job, number, element):
+    at = ARRAYS + 2 * number
+    return flat_array(load(job, at), load(job, at + 1), element)
+
+
+@_inline
+def _truths(job, at):
+    return load(job, at) != 0, load(job, at + 1) != 0, load(job, at + 2) != 0
+
+
+@_inline
+def _sizes(job):
+    first = load(job, NUMBERS), load(job, NUMBERS + 1), load(job, NUMBERS + 2), load(job, NUMBERS + 3)
+    return first + (load(job, NUMBERS + 4), load(job, NUMBERS + 5), load(job, NUMBERS + 6))  # noqa: RUF005
+
+
+def _forward_pieces(f, v):
+    """A C function that takes pieces of a job, at an address, until there are none: ``forward`` of these types."""
+    n = np.int64(0)
+
+    def run(address):
+        job = flat_array(address, JOB, n)
+        out, value, offsets, weights = _array(job, 0, f), _array(job, 1, v), _array(job, 2, f), _array(job, 3, f)
+        references, levels = _array(job, 4, f), _array(job, 5, n)
+        scales, steps = _array(job, 6, f), _array(job, 7, f)
+        sizes, mode, pieces, total = _sizes(job), _truths(job, NUMBERS + 7), load(job, 1), load(job, 2)
+        piece = take_one(job)
+        while piece < pieces:
+            begin, end = total * piece // pieces, total * (piece + 1) // pieces
+            forward(out, value, offsets, weights, references, levels, scales, steps, sizes, mode, begin, end)
+            piece = take_one(job)
+
+    return run
+
+
+def _backward_pieces(f, v):
+    """As ``_forward_pieces``."""
+    n = np.int64(0)
+
+    def run(address):
+        job = flat_array(address, JOB, n)
+        grad_value, grad_offsets, grad_weights = _array(job, 0, f), _array(job, 1, f), _array(job, 2, f)
+        grad_references, grad_output, value = _array(job, 3, f), _array(job, 4, f), _array(job, 5, v)
+        offsets, weights, references = _array(job, 6, f), _array(job, 7, f), _array(job, 8, f)
+        levels, scales, steps = _array(job, 9, n), _array(job, 10, f), _array(job, 11, f)
+        sizes, mode, needs = _sizes(job), _truths(job, NUMBERS + 7), _truths(job, NUMBERS + 10)
+        pieces, total = load(job, 1), load(job, 2)
+        piece = take_one(job)
+        while piece < pieces:
+            begin, end = total * piece // pieces, total * (piece + 1) // pieces
+            backward(
+                grad_value, grad_offsets, grad_weights, grad_references, grad_output, value, offsets, weights,
+                references, levels, scales, steps, sizes, mode, needs, begin, end,
+            )  # fmt: skip
+            piece = take_one(job)
+
+    return run
+
+
+@functools.cache
+def pieces(loop, wide: np.dtype, held: np.dtype) -> int:
+    """Address of the C function that does pieces of a job.
+
+    Args:
+        loop: ``forward`` or ``backward``.
+        wide: NumPy's type that is computed in.
+        held: NumPy's type of what holds value.
+    """
+    run = (_forward_pieces if loop is forward else _backward_pieces)(wide.type(0), held.type(0))
+    signature, options = types.void(types.intp), {"error_model": "numpy", "fastmath": {"contract"}}
+    try:
+        compiled = numba.cfunc(signature, cache=True, **options)(run)
+    except RuntimeError:  # as in _compile
+        compiled = numba.cfunc(signature, **options)(run)
+    _kept.append(compiled)
+    return compiled.address
+
+
+_kept: list = []  # the addresses are good as long as these live

@@ -12,6 +12,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
 _I32 = ir.IntType(32)
 _WIDTHS = 32, 16, 8, 1  # channels at a time, as many as are left
@@ -185,3 +186,30 @@ def store(typing, array, index, element):
         return context.get_dummy_value()
 
     return types.void(array, types.intp, array.dtype), generate
+
+
+@intrinsic
+def flat_array(typing, address, length, element):
+    """The flat array of ``length`` elements of the type of ``element`` that begins at an address."""
+
+    def generate(context, builder, signature, arguments):
+        address, length, _ = arguments
+        array = context.make_array(signature.return_type)(context, builder)
+        size = context.get_constant(types.intp, signature.return_type.dtype.bitwidth // 8)
+        data = builder.inttoptr(address, context.get_data_type(signature.return_type.dtype).as_pointer())
+        shape, strides = (cgutils.pack_array(builder, [n]) for n in (length, size))
+        populate_array(array, data, shape, strides, size, None)
+        return array._getvalue()
+
+    return types.Array(element, 1, "C")(types.intp, types.intp, element), generate
+
+
+@intrinsic
+def take_one(typing, counter):
+    """Add 1 to the first element of an array of integers that threads share; what it was before."""
+
+    def generate(context, builder, signature, arguments):
+        (counter,) = _data(context, builder, signature, arguments)
+        return builder.atomic_rmw("add", counter, ir.Constant(counter.type.pointee, 1), "monotonic")
+
+    return counter.dtype(counter), generate
