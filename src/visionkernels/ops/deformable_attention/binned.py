@@ -18,6 +18,7 @@ from visionkernels.ops.deformable_attention import binned_samples, sampling
 from visionkernels.ops.deformable_attention.problem import Problem
 
 MAX_INT32 = 2**31 - 1
+MAX_SAMPLES = 64  # of a row: they stay in registers
 MAX_HEAD_DIM = 128  # the sums of 16 pixels stay in one warp's registers
 SAMPLES_PER_PIXEL = 4  # of one head, from which sorting them pays,
 MIN_SAMPLES = 2**20  # unless they are so few that launches take most of the time
@@ -29,7 +30,7 @@ PROGRAMS_OF_UNKNOWN = 16384  # that share the items, where their number is not k
 class Options(NamedTuple):
     """How the work is cut."""
 
-    threads: int = 128  # of a program that counts or scatters, a query each
+    threads: int = 32  # of a program that counts or scatters, a query each
     chunk: int = 256  # records of an item
     block_k: int = 32  # of them in one matrix product
     tile_warps: int = 1
@@ -53,7 +54,8 @@ def possible(problem: Problem) -> bool:
         points.shape[1] * num_heads * head_dim,
         num_pixels,
     )
-    return value.numel() > 0 and samples > 0 and head_dim <= MAX_HEAD_DIM and reach <= MAX_INT32
+    fits = head_dim <= MAX_HEAD_DIM and sum(problem.num_points) <= MAX_SAMPLES and reach <= MAX_INT32
+    return fits and value.numel() > 0 and samples > 0
 
 
 def pays(problem: Problem) -> bool:
@@ -174,6 +176,7 @@ def _sampling_constants(problem: Problem, options: Options, deterministic: bool)
         len(num_points),
         sum(num_points),
         num_points,
+        max(num_points),
         tuple(accumulate(num_points, initial=0))[:-1],
         0 if references is None else references.shape[3],
         1 if references is None else references.shape[2],

@@ -14,7 +14,6 @@ from visionkernels.ops.deformable_attention.sampling import affine, level_shape,
 from visionkernels.ops.deformable_attention.warp import count_bits, highest_bit, match_any, shuffle, store_words
 
 SCALARS = ["shapes", "num_images", "num_pixels", "num_queries", "num_bins"]
-UNROLL = tl.constexpr(4)
 
 
 @triton.jit
@@ -44,6 +43,28 @@ def _bin_of(x, y, height, width, bins_x, BORDER: tl.constexpr):
     return bin_y * bins_x + bin_x, x, y, (in_x0 | in_x1) & (in_y0 | in_y1)
 
 
+@triton.jit
+def _load_points(point_ptr, offs_sample, mask, NUM_SAMPLES: tl.constexpr, XY_IN_ONE_WORD: tl.constexpr):
+    """Stored x and y of a row's samples, at once: they share lines, which the cache does not keep until the last."""
+    xs = ()
+    ys = ()
+    for k in tl.static_range(NUM_SAMPLES):
+        x, y = load_xy(point_ptr, offs_sample + k, mask, tl.float32, XY_IN_ONE_WORD)
+        xs = xs + (x,)
+        ys = ys + (y,)
+    return xs, ys
+
+
+@triton.jit
+def _count(count_ptr, offs_bin, counts, lane):
+    """Each sample's rank in its bin: one atomic for all lanes of a warp that have the same bin."""
+    peers = match_any(tl.where(counts, offs_bin, -1))
+    leader = highest_bit(peers)
+    leads = counts & (lane == leader)
+    base = tl.atomic_add(count_ptr + offs_bin, count_bits(peers), mask=leads, sem="relaxed")
+    return shuffle(base, leader) + count_bits(peers & ((1 << lane) - 1))
+
+
 @triton.jit(do_not_specialize=SCALARS)
 def _count_kernel(
     count_ptr,  # [N, M, num_bins] int32, zero on entry; unused when SORTED
@@ -59,6 +80,7 @@ def _count_kernel(
     NUM_LEVELS: tl.constexpr,
     NUM_SAMPLES: tl.constexpr,  # K, over all levels
     NUM_POINTS: tl.constexpr,  # points of each level
+    MAX_POINTS: tl.constexpr,  # the most of these
     FIRST_POINT: tl.constexpr,  # and where they begin
     REFERENCE_SIZE: tl.constexpr,  # 0 unfused, 2 points, 4 boxes
     REFERENCE_LEVELS: tl.constexpr,  # 1 or L
@@ -81,6 +103,7 @@ def _count_kernel(
         fit = shapes_fit(shapes, num_pixels, NUM_LEVELS)
         mask_point = offs_query < tl.where(fit, num_queries, 0)
     offs_sample = (offs_query * NUM_HEADS + head) * NUM_SAMPLES
+    xs, ys = _load_points(point_ptr, offs_sample, mask_point, NUM_SAMPLES, XY_IN_ONE_WORD)
     first_bin = (pid_n * NUM_HEADS + head) * num_bins
     for level in tl.static_range(NUM_LEVELS):
         height, width = level_shape(shapes, level, SHAPES_IN_MEMORY)
@@ -94,22 +117,17 @@ def _count_kernel(
             reference_ptr, offs_reference, mask, height, 1, NUM_POINTS[level],
             tl.float32, ALIGN_CORNERS, False, REFERENCE_SIZE,
         )  # fmt: skip
-        for point in tl.range(0, NUM_POINTS[level], loop_unroll_factor=UNROLL):
-            k = FIRST_POINT[level] + point
-            x, y = load_xy(point_ptr, offs_sample + k, mask_point, tl.float32, XY_IN_ONE_WORD)
-            offs_bin, _x, _y, counts = _bin_of(
-                tl.fma(x, scale_x, center_x), tl.fma(y, scale_y, center_y), height, width, bins_x, BORDER
-            )
-            counts = counts & mask
-            if SORTED:
-                rank = tl.where(counts, first_bin + offs_bin, num_images * NUM_HEADS * num_bins)
-            else:
-                peers = match_any(tl.where(counts, offs_bin, -1))
-                leader = highest_bit(peers)
-                leads = counts & (lane == leader)
-                base = tl.atomic_add(count_ptr + first_bin + offs_bin, count_bits(peers), mask=leads, sem="relaxed")
-                rank = shuffle(base, leader) + count_bits(peers & ((1 << lane) - 1))
-            tl.store(rank_ptr + k * num_queries + offs_query, rank, mask=mask)
+        for point in tl.static_range(MAX_POINTS):
+            if point < NUM_POINTS[level]:
+                x = tl.fma(xs[FIRST_POINT[level] + point], scale_x, center_x)
+                y = tl.fma(ys[FIRST_POINT[level] + point], scale_y, center_y)
+                offs_bin, _x, _y, counts = _bin_of(x, y, height, width, bins_x, BORDER)
+                counts = counts & mask
+                if SORTED:
+                    rank = tl.where(counts, first_bin + offs_bin, num_images * NUM_HEADS * num_bins)
+                else:
+                    rank = _count(count_ptr + first_bin, offs_bin, counts, lane)
+                tl.store(rank_ptr + (FIRST_POINT[level] + point) * num_queries + offs_query, rank, mask=mask)
         first_bin += bins
 
 
@@ -130,6 +148,7 @@ def _scatter_kernel(
     NUM_LEVELS: tl.constexpr,
     NUM_SAMPLES: tl.constexpr,
     NUM_POINTS: tl.constexpr,
+    MAX_POINTS: tl.constexpr,
     FIRST_POINT: tl.constexpr,
     REFERENCE_SIZE: tl.constexpr,
     REFERENCE_LEVELS: tl.constexpr,
@@ -150,14 +169,24 @@ def _scatter_kernel(
         fit = shapes_fit(shapes, num_pixels, NUM_LEVELS)
         mask_point = offs_query < tl.where(fit, num_queries, 0)
     offs_sample = (offs_query * NUM_HEADS + head) * NUM_SAMPLES
+    xs, ys = _load_points(point_ptr, offs_sample, mask_point, NUM_SAMPLES, XY_IN_ONE_WORD)
+    weights = ()
+    places = ()
+    for k in tl.static_range(NUM_SAMPLES):
+        weights = weights + (tl.load(weight_ptr + offs_sample + k, mask=mask, other=0).to(tl.float32),)
+        places = places + (tl.load(rank_ptr + k * num_queries + offs_query, mask=mask, other=0),)
     if REFERENCE_SIZE > 0:
         reference_ptr += image * num_queries * (REFERENCE_LEVELS * REFERENCE_SIZE)
-        peak = tl.full([THREADS], float("-inf"), tl.float32)
+        peak = weights[0]
+        for k in tl.static_range(1, NUM_SAMPLES):
+            peak = tl.maximum(peak, weights[k])
+        exponentials = ()
         total = tl.zeros([THREADS], tl.float32)
-        for k in tl.range(0, NUM_SAMPLES, loop_unroll_factor=UNROLL):
-            peak = tl.maximum(peak, tl.load(weight_ptr + offs_sample + k, mask=mask, other=0).to(tl.float32))
-        for k in tl.range(0, NUM_SAMPLES, loop_unroll_factor=UNROLL):
-            total += tl.exp(tl.load(weight_ptr + offs_sample + k, mask=mask, other=0).to(tl.float32) - peak)
+        for k in tl.static_range(NUM_SAMPLES):
+            exponentials = exponentials + (tl.exp(weights[k] - peak),)
+            total += exponentials[k]
+        weights = exponentials
+        inverse_total = 1 / total
     first_bin = (pid_n * NUM_HEADS + head) * num_bins
     for level in tl.static_range(NUM_LEVELS):
         height, width = level_shape(shapes, level, SHAPES_IN_MEMORY)
@@ -171,21 +200,20 @@ def _scatter_kernel(
             reference_ptr, offs_reference, mask, height, 1, NUM_POINTS[level],
             tl.float32, ALIGN_CORNERS, False, REFERENCE_SIZE,
         )  # fmt: skip
-        for point in tl.range(0, NUM_POINTS[level], loop_unroll_factor=UNROLL):
-            k = FIRST_POINT[level] + point
-            x, y = load_xy(point_ptr, offs_sample + k, mask_point, tl.float32, XY_IN_ONE_WORD)
-            weight = tl.load(weight_ptr + offs_sample + k, mask=mask, other=0).to(tl.float32)
-            place = tl.load(rank_ptr + k * num_queries + offs_query, mask=mask, other=0)
-            offs_bin, x, y, counts = _bin_of(
-                tl.fma(x, scale_x, center_x), tl.fma(y, scale_y, center_y), height, width, bins_x, BORDER
-            )
-            counts = counts & mask
-            if REFERENCE_SIZE > 0:
-                weight = tl.exp(weight - peak) / total
-            if not SORTED:
-                place += tl.load(start_ptr + first_bin + offs_bin, mask=counts, other=0)
-            record = record_ptr.to(tl.int64) + place.to(tl.int64) * 16
-            x = x.to(tl.int32, bitcast=True)
-            y = y.to(tl.int32, bitcast=True)
-            store_words(record, counts.to(tl.int32), offs_query, x, y, weight.to(tl.int32, bitcast=True))
+        for point in tl.static_range(MAX_POINTS):
+            if point < NUM_POINTS[level]:
+                x = tl.fma(xs[FIRST_POINT[level] + point], scale_x, center_x)
+                y = tl.fma(ys[FIRST_POINT[level] + point], scale_y, center_y)
+                offs_bin, x, y, counts = _bin_of(x, y, height, width, bins_x, BORDER)
+                counts = counts & mask
+                place = places[FIRST_POINT[level] + point]
+                if not SORTED:
+                    place += tl.load(start_ptr + first_bin + offs_bin, mask=counts, other=0)
+                record = record_ptr.to(tl.int64) + place.to(tl.int64) * 16
+                x = x.to(tl.int32, bitcast=True)
+                y = y.to(tl.int32, bitcast=True)
+                weight = weights[FIRST_POINT[level] + point]
+                if REFERENCE_SIZE > 0:
+                    weight = weight * inverse_total
+                store_words(record, counts.to(tl.int32), offs_query, x, y, weight.to(tl.int32, bitcast=True))
         first_bin += bins

@@ -165,7 +165,7 @@ def _alert_not_deterministic() -> None:
     """What PyTorch's own operators do under ``torch.use_deterministic_algorithms``."""
     message = (
         "the backward of ms_deform_attn on CUDA has no deterministic implementation for float64, nearest sampling, "
-        "heads of more than 128 channels or GPUs that are not NVIDIA's; call "
+        "heads of more than 128 channels, queries of more than 64 points or GPUs that are not NVIDIA's; call "
         "torch.use_deterministic_algorithms(False), or pass warn_only=True"
     )
     if not torch.is_deterministic_algorithms_warn_only_enabled():

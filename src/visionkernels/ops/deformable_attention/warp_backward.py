@@ -282,7 +282,8 @@ def _backward_points_kernel(
             sums = _add_to_level(sums, parts, level, first, GROUP, FIRST_POINT, NUM_POINTS, REFERENCE_LEVELS)
 
     if NEEDS_REFERENCE:
-        offs_part = (first_query * NUM_HEADS + offs_row) * (REFERENCE_LEVELS * REFERENCE_SIZE)
-        for i in tl.static_range(REFERENCE_LEVELS * REFERENCE_SIZE):
-            part = lanes_sum(sums[i], lane, GROUP)
-            tl.store(grad_reference_ptr + offs_part + i, part, mask=mask_row & (member == 0))
+        offs_pair = (first_query * NUM_HEADS + offs_row) * (REFERENCE_LEVELS * REFERENCE_SIZE // 2)
+        for pair in tl.static_range(REFERENCE_LEVELS * REFERENCE_SIZE // 2):
+            x = lanes_sum(sums[2 * pair], lane, GROUP)
+            y = lanes_sum(sums[2 * pair + 1], lane, GROUP)
+            store_xy(grad_reference_ptr, offs_pair + pair, x, y, mask_row & (member == 0), True)
