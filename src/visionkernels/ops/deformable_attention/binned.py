@@ -22,7 +22,7 @@ MAX_SAMPLES = 64  # of a row: they stay in registers
 MAX_HEAD_DIM = 128  # the sums of 16 pixels stay in one warp's registers
 SAMPLES_PER_PIXEL = 4  # of one head, from which sorting them pays,
 MIN_SAMPLES = 2**20  # unless they are so few that launches take most of the time
-SAMPLES_PER_PASS = 2**24  # bounds the temporary memory, 16 bytes a sample, where one image has no more
+SAMPLES_PER_PASS = 2**22  # bounds the temporary memory, 20 bytes a sample, unless one image has more
 PLAN_BLOCK = 256
 PROGRAMS_OF_UNKNOWN = 16384  # that share the items, where their number is not known
 
@@ -30,7 +30,7 @@ PROGRAMS_OF_UNKNOWN = 16384  # that share the items, where their number is not k
 class Options(NamedTuple):
     """How the work is cut."""
 
-    threads: int = 32  # of a program that counts or scatters, a query each
+    threads: int = 128  # of a program that counts or scatters, a query each
     chunk: int = 256  # records of an item
     block_k: int = 32  # of them in one matrix product
     tile_warps: int = 1
@@ -89,17 +89,21 @@ def grad_value(
     batch = value.shape[0]
     if not (value.numel() and points.shape[1] and sum(problem.num_points)):
         return torch.zeros_like(value, memory_format=torch.contiguous_format)
-    partial = deterministic or options.gather
-    allocate = torch.empty if partial else torch.zeros
-    gradient = allocate(value.shape, dtype=value.dtype if partial else torch.float32, device=value.device)
+    gradient = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     grad_output = grad_output.contiguous()
     samples = points.shape[1] * points.shape[2] * sum(problem.num_points)  # of an image
     images = images_per_pass or max(1, SAMPLES_PER_PASS // samples)
+    gathers = deterministic or options.gather
     with torch.cuda.device(value.device) if value.device.type == "cuda" else nullcontext():
         for first in range(0, batch, images):
             part = slice(first, first + images)
-            _pass(problem.images(part), grad_output[part], gradient[part], deterministic, options)
-    return gradient.to(value.dtype)
+            sums = gradient[part]
+            if not gathers:
+                sums = sums.zero_() if sums.dtype == torch.float32 else torch.zeros_like(sums, dtype=torch.float32)
+            _pass(problem.images(part), grad_output[part], sums, deterministic, options)
+            if sums.dtype != gradient.dtype:
+                gradient[part] = sums
+    return gradient
 
 
 def _pass(problem: Problem, grad_output: Tensor, gradient: Tensor, deterministic: bool, options: Options) -> None:
