@@ -22,7 +22,7 @@ MAX_SAMPLES = 64  # of a row: they stay in registers
 MAX_HEAD_DIM = 128  # the sums of 16 pixels stay in one warp's registers
 SAMPLES_PER_PIXEL = 4  # of one head, from which sorting them pays,
 MIN_SAMPLES = 2**20  # unless they are so few that launches take most of the time
-SAMPLES_PER_PASS = 2**22  # bounds the temporary memory, 20 bytes a sample, unless one image has more
+SAMPLES_PER_PASS = 5 * 2**20  # bounds the temporary memory, 20 bytes a sample, unless one image has more
 PLAN_BLOCK = 256
 PROGRAMS_OF_UNKNOWN = 16384  # that share the items, where their number is not known
 
@@ -92,7 +92,7 @@ def grad_value(
     gradient = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     grad_output = grad_output.contiguous()
     samples = points.shape[1] * points.shape[2] * sum(problem.num_points)  # of an image
-    images = images_per_pass or max(1, SAMPLES_PER_PASS // samples)
+    images = images_per_pass or triton.cdiv(batch, triton.cdiv(batch, max(1, SAMPLES_PER_PASS // samples)))
     gathers = deterministic or options.gather
     with torch.cuda.device(value.device) if value.device.type == "cuda" else nullcontext():
         for first in range(0, batch, images):
