@@ -1,7 +1,8 @@
 """The operators' tests run on each backend: CPU path, CUDA kernels, and the kernels under Triton's interpreter.
 
 The interpreter must be chosen before Triton is imported, so it has a process of its own (`test_interpreter.py` starts
-it): there, with TRITON_INTERPRET=1, only tests that take `backend` run, and the interpreter is its only value.
+it): there, with TRITON_INTERPRET=1, only tests that take `backend` run, once with the kernels for any device, and once
+with those made of a GPU's assembly, which `warp_emulation.py` replaces.
 """
 
 import os
@@ -15,7 +16,7 @@ from torch import Tensor
 import visionkernels as vk
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-BACKENDS = ["interpreter"] if INTERPRETING else ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+BACKENDS = ["interpreter", "emulation"] if INTERPRETING else ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -33,6 +34,7 @@ class Backend:
     device: torch.device
     ms_deform_attn: Callable[..., Tensor]
     fused_ms_deform_attn: Callable[..., Tensor]
+    emulates: bool = False  # the interpreter also runs the kernels made of assembly
 
 
 @pytest.fixture(params=BACKENDS)
@@ -40,8 +42,13 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Each way to run the attention; memory that an implementation leaves unwritten holds NaN."""
     monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
     monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
-    if request.param == "interpreter":
-        return Backend("interpreter", torch.device("cpu"), _interpreted, _interpreted_fused)
+    if request.param == "emulation":
+        from warp_emulation import emulate
+
+        emulate(monkeypatch)
+    if request.param in ("interpreter", "emulation"):
+        emulates = request.param == "emulation"
+        return Backend("interpreter", torch.device("cpu"), _interpreted, _interpreted_fused, emulates)
     return Backend(request.param, torch.device(request.param), vk.ms_deform_attn, vk.fused_ms_deform_attn)
 
 

@@ -173,7 +173,8 @@ def _backward_points_kernel(
     )
     mask_fit = mask_row
     if SHAPES_IN_MEMORY:  # points that are not read are nowhere, so nothing outside the value is touched
-        mask_fit = mask_row & shapes_fit(shapes, num_pixels, NUM_LEVELS)
+        fit = shapes_fit(shapes, num_pixels, NUM_LEVELS)
+        mask_fit = offs_query < tl.where(fit, num_queries, 0)
     first_query = pid_n * num_queries
     offs_row = offs_query * NUM_HEADS + offs_head
     offs_sample = offs_row * NUM_SAMPLES
