@@ -145,11 +145,11 @@ def measure(compiled: Any) -> dict[str, int]:
     return {"registers": int(registers), "stack": int(stack), "instructions": instructions}
 
 
-def rows() -> Iterator[tuple[str, tuple[Any, tuple[Any, ...], dict[str, int]]]]:
-    """Every row's name, and the launch that it is of."""
-    for dtype_name, dtype in DTYPES.items():
+def rows(*dtypes: str) -> Iterator[tuple[str, tuple[Any, tuple[Any, ...], dict[str, int]]]]:
+    """Every row's name, and the launch that it is of; of all dtypes, or of these."""
+    for dtype_name in dtypes or DTYPES:
         for fused in (False, True):
-            problem = problem_of(dtype, fused)
+            problem = problem_of(DTYPES[dtype_name], fused)
             for way in ("forward", "points", "value", "binned"):
                 for recorded in launches_of(problem, way):
                     name = recorded[0].__name__.strip("_").removesuffix("_kernel")

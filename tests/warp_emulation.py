@@ -10,7 +10,15 @@ import pytest
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
-from visionkernels.ops.deformable_attention import binned_samples, launch, plan, warp, warp_backward, warp_forward, warp_samples
+from visionkernels.ops.deformable_attention import (
+    binned_samples,
+    launch,
+    plan,
+    warp,
+    warp_backward,
+    warp_forward,
+    warp_samples,
+)
 
 MODULES = (warp, warp_samples, warp_forward, warp_backward, binned_samples)
 

@@ -1,105 +1,57 @@
 """The kernels compiled for GPUs that are not here, with exactly the arguments that a launch would hand over.
 
-A kernel that stops compiling for one of them is caught, and so is one that spills registers or reads narrowly.
+A kernel that stops compiling for one of them is caught, and so is one that spills registers, reads narrowly, or has
+become longer than the committed table of ``scripts/kernel_budget.py`` says.
 """
 
+import importlib.util
+import json
 import os
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import Case, make_fused_inputs, make_inputs
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
-from visionkernels.ops.deformable_attention import kernels, launch  # noqa: E402
-from visionkernels.ops.deformable_attention.problem import Problem  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="under the interpreter nothing can be compiled"
 )
 
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-TYPES = {F32: "fp32", F16: "fp16", BF16: "bf16", torch.float64: "fp64",
-         torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8"}  # fmt: skip
+SCRIPT = Path(__file__).parents[3] / "scripts" / "kernel_budget.py"
+F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
+NVIDIA = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 90, 100)}
+AMD = GPUTarget("hip", "gfx942", 64)
+WAYS = ("forward", "points", "value", "binned", "deterministic")
+REGISTERS_MORE = 8  # a thread's registers are given out by eights
+INSTRUCTIONS_MORE = 1.03
 
 
-class Recorder:
-    """Stands in for a kernel and keeps what it is launched with."""
-
-    def __getitem__(self, grid):
-        def launch(*arguments, **options):
-            self.arguments, self.options = arguments, options
-
-        return launch
+@pytest.fixture(scope="module")
+def budget():
+    spec = importlib.util.spec_from_file_location("kernel_budget", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def compiled(monkeypatch, target, *, backward=False, fused=False, dtype=F16, head_dim=32, tensor_shapes=False):
-    """The kernel of one direction as an encoder's call launches it: four levels, eight heads, float32 coordinates."""
-    case = Case(
-        shapes=((12, 16), (6, 8), (3, 4), (2, 2)), batch=2, queries=5, heads=8, head_dim=head_dim, num_points=4,
-        dtype=dtype, location_dtype=F32, reference_levels=4, masked=fused,
-    )  # fmt: skip
-    if fused:
-        (value, references, points, weights), mask = make_fused_inputs(case)
-    else:
-        (value, points, weights), references, mask = make_inputs(case), None, None
-    shapes = torch.tensor(case.shapes) if tensor_shapes else None
-    sizes = () if tensor_shapes else tuple(size for shape in case.shapes for size in shape)
-    inputs = [None if t is None else t.detach() for t in (points, weights, references, mask)]
-    problem = Problem(value.detach(), shapes, sizes, *inputs, tuple(case.points))
-    name = "_backward_kernel" if backward else "_forward_kernel"
-    kernel, recorder = getattr(kernels, name), Recorder()
-    with monkeypatch.context() as patch:
-        patch.setattr(kernels, name, recorder)
-        if backward:
-            output = torch.zeros(2, 5, 8 * head_dim, dtype=dtype)
-            launch.backward(problem, output, output if fused else None, True, True, fused)
-        else:
-            launch.forward(problem)
-    return triton.compile(source(kernel, recorder.arguments), target=TARGETS[target], options=recorder.options)
+@pytest.fixture
+def compiled(budget):
+    """A function that compiles what a way of the operator launches: a dict from a kernel's name to the kernel."""
+
+    def compile_all(way, target=NVIDIA["sm_90"], dtype=F16, warps=True, **problem):
+        launches = budget.launches_of(budget.problem_of(dtype, **problem), way, warps)
+        assert launches
+        return {recorded[0].__name__: budget.compile_launch(recorded, target) for recorded in launches}
+
+    return compile_all
 
 
-def source(kernel, arguments):
-    """What Triton compiles for these arguments: their types, what is constant, and what is a multiple of 16."""
-    signature, constants, attributes = {}, {}, {}
-    for index, (parameter, argument) in enumerate(zip(kernel.params, arguments, strict=True)):
-        specialised = not parameter.do_not_specialize
-        if parameter.is_constexpr or argument is None or (specialised and type(argument) is int and argument == 1):
-            signature[parameter.name], constants[parameter.name] = "constexpr", argument
-            continue
-        if isinstance(argument, torch.Tensor):
-            signature[parameter.name] = "*" + TYPES[argument.dtype]
-            multiple = argument.data_ptr() % 16 == 0
-        elif isinstance(argument, tuple):
-            signature[parameter.name], multiple = ("i32",) * len(argument), False
-        else:
-            signature[parameter.name], multiple = "i32", argument % 16 == 0
-        if specialised and multiple:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-
-
-def stack_bytes(kernel, tmp_path):
-    """Memory that a thread spills to, or keeps arrays in."""
-    if "amdgcn" in kernel.asm:
-        return int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", kernel.asm["amdgcn"])[1])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(kernel.asm["cubin"])
-    dump = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
-    return int(re.search(r"STACK:(\d+)", dump.stdout)[1])
+def spilled(budget, kernels):
+    return {name: stack for name, kernel in kernels.items() if (stack := budget.measure(kernel)["stack"])}
 
 
 def reads_widely(kernel):
@@ -110,34 +62,84 @@ def reads_widely(kernel):
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("target", TARGETS)
-def test_every_target(monkeypatch, tmp_path, target, backward, fused):
-    kernel = compiled(monkeypatch, target, backward=backward, fused=fused)
-    assert stack_bytes(kernel, tmp_path) == 0
-    assert reads_widely(kernel) or backward  # the backward's lanes hold as many channels as an atomic adds
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("target", NVIDIA.values(), ids=NVIDIA)
+def test_nvidia(budget, compiled, target, way, fused):
+    kernels = compiled(way, target, fused=fused)
+    assert not spilled(budget, kernels)
+    for name in {"_forward_warp_kernel", "_backward_points_kernel"} & set(kernels):
+        assert reads_widely(kernels[name])
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_other_dtypes(monkeypatch, tmp_path, backward, dtype):
-    kernel = compiled(monkeypatch, "sm_90", backward=backward, dtype=dtype)
-    assert stack_bytes(kernel, tmp_path) == 0
-    assert reads_widely(kernel) or backward
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("way", ["forward", "backward"])
+@pytest.mark.parametrize("target", [NVIDIA["sm_90"], AMD], ids=["sm_90", "gfx942"])
+def test_kernels_for_any_gpu(budget, compiled, target, way, fused):
+    kernels = compiled(way, target, fused=fused, warps=False)
+    assert kernels.keys() == {f"_{way}_kernel"}
+    assert not spilled(budget, kernels)
+    assert way == "backward" or reads_widely(kernels["_forward_kernel"])  # backward, atomics are the wider
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_a_head_dim_that_is_no_power_of_two(monkeypatch, tmp_path, backward):
+@pytest.mark.parametrize("dtype", [F32, BF16, F64], ids=["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_other_dtypes(budget, compiled, way, dtype):
+    kernels = compiled(way, dtype=dtype)
+    assert not spilled(budget, kernels)
+    assert way == "backward" or all(reads_widely(kernel) or dtype == F64 for kernel in kernels.values())
+
+
+@pytest.mark.parametrize("way", ["forward", "backward", "binned"])
+def test_a_head_dim_that_is_no_power_of_two(budget, compiled, way):
     """Pixels of 60 bytes begin at multiples of four only."""
-    kernel = compiled(monkeypatch, "sm_90", backward=backward, head_dim=30)
-    assert stack_bytes(kernel, tmp_path) == 0
+    kernels = compiled(way, head_dim=30)
+    assert not spilled(budget, kernels)
+    assert not {"_forward_warp_kernel", "_backward_points_kernel"} & set(kernels)
 
 
-def test_shapes_in_device_memory(monkeypatch, tmp_path):
-    kernel = compiled(monkeypatch, "sm_90", tensor_shapes=True)
-    assert stack_bytes(kernel, tmp_path) == 0
+@pytest.mark.parametrize("way", ["forward", "backward", "deterministic"])
+def test_shapes_in_device_memory(budget, compiled, way):
+    kernels = compiled(way, tensor_shapes=True)
+    assert not spilled(budget, kernels)
+    assert way != "forward" or reads_widely(kernels["_forward_warp_kernel"])
+
+
+@pytest.mark.parametrize("way", ["forward", "points"])
+def test_few_queries(budget, compiled, way):
+    """A decoder's rows are spread over more lanes."""
+    (kernel,) = compiled(way, queries=5).values()
+    assert not spilled(budget, {way: kernel})
     assert reads_widely(kernel)
 
 
-def test_the_gradient_of_value_is_added_by_vectors(monkeypatch):
-    assert re.search(r"(atom|red)\.\w[\w.:]*\.v4\.f32", compiled(monkeypatch, "sm_90", backward=True).asm["ptx"])
+def test_the_gradient_of_value_is_added_by_vectors(compiled):
+    for warps in (True, False):
+        kernel = compiled("backward", warps=warps)["_backward_kernel"]
+        assert re.search(r"(atom|red)\.\w[\w.:]*\.v4\.f32", kernel.asm["ptx"])
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_no_kernel_has_become_longer(budget, dtype):
+    table = json.loads(budget.TABLE.read_text())
+    if triton.__version__ != table["triton"]:
+        pytest.skip(f"the table is of Triton {table['triton']}, this is {triton.__version__}")
+    measured = {name: budget.measure(budget.compile_launch(recorded)) for name, recorded in budget.rows(dtype)}
+    grown = []
+    for name, now in measured.items():
+        row = table["rows"][name]
+        if (
+            now["registers"] > row["registers"] + REGISTERS_MORE
+            or now["instructions"] > row["instructions"] * INSTRUCTIONS_MORE
+            or now["stack"] > row["stack"]
+        ):
+            grown.append(f"{name}: {now}, in the table {row}")
+    assert not grown, (
+        "compiled for sm_90, these kernels take more than the table allows; if that is worth it, run "
+        "`python scripts/kernel_budget.py --update` and say in the row's note why:\n" + "\n".join(grown)
+    )
+
+
+def test_a_row_with_a_stack_says_why(budget):
+    rows = json.loads(budget.TABLE.read_text())["rows"]
+    assert all(row["stack"] == 0 or row["note"] for row in rows.values())
+    assert {name.split()[1] for name in rows} == {"fp16", "bf16", "fp32"}
