@@ -56,8 +56,9 @@ def ms_deform_attn(
     Raises:
         TypeError: an argument is no tensor, or of a dtype that is not supported.
         ValueError: shapes, devices or options do not fit together; the message names the argument.
-        RuntimeError: CUDA tensors and no Triton; or the backward on CUDA under
-            ``torch.use_deterministic_algorithms(True)``, since it sums with atomics.
+        RuntimeError: CUDA tensors and no Triton. In the backward on CUDA under
+            ``torch.use_deterministic_algorithms(True)``: float64, nearest sampling, more than 128 channels a head, more
+            than 64 samples a query, or a GPU that is not NVIDIA's of compute capability 8.0 on.
 
     Source: Zhu et al., "Deformable DETR" (https://arxiv.org/abs/2010.04159), equation 3; ``ms_deform_attn_func.py``.
 
