@@ -102,7 +102,7 @@ def launches_of(problem: Problem, way: str, warps: bool = True) -> list[tuple[An
             binned.grad_value(problem, output, way == "deterministic")
         else:
             needs = (way in ("backward", "value"), way in ("backward", "points"), way != "value" and fused)
-            launch.backward(problem, output, output if fused else None, *needs)
+            launch.backward(problem, output, *needs)
     return launches
 
 

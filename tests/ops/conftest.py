@@ -100,7 +100,7 @@ class _Interpreted(torch.autograd.Function):
 
         problem = Problem(value, *shapes, points, weights, references, mask, *options)
         output = launch.forward(problem)
-        ctx.problem, ctx.output = problem, output
+        ctx.problem = problem
         return output
 
     @staticmethod
@@ -108,8 +108,7 @@ class _Interpreted(torch.autograd.Function):
         from visionkernels.ops.deformable_attention import launch
 
         needs_value, needs_points, needs_weights, needs_reference = ctx.needs_input_grad[3:]
-        output = None if ctx.problem.reference_points is None else ctx.output
         needs_points = needs_points or needs_weights
-        gradients = launch.backward(ctx.problem, grad_output, output, needs_value, needs_points, needs_reference)
+        gradients = launch.backward(ctx.problem, grad_output, needs_value, needs_points, needs_reference)
         needs = ctx.needs_input_grad[3:]
         return None, None, None, *(g if need else None for g, need in zip(gradients, needs, strict=True))

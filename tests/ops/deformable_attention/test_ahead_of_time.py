@@ -76,7 +76,8 @@ def test_nvidia(budget, compiled, target, way, fused):
 @pytest.mark.parametrize("target", [NVIDIA["sm_90"], AMD], ids=["sm_90", "gfx942"])
 def test_kernels_for_any_gpu(budget, compiled, target, way, fused):
     kernels = compiled(way, target, fused=fused, warps=False)
-    assert kernels.keys() == {f"_{way}_kernel"}
+    again = {"_forward_kernel"} if way == "backward" and fused else set()  # for the softmax's gradient
+    assert kernels.keys() == {f"_{way}_kernel"} | again
     assert not spilled(budget, kernels)
     assert way == "backward" or reads_widely(kernels["_forward_kernel"])  # backward, atomics are the wider
 

@@ -93,16 +93,10 @@ def grad_value(
     grad_output = grad_output.contiguous()
     samples = points.shape[1] * points.shape[2] * sum(problem.num_points)  # of an image
     images = images_per_pass or triton.cdiv(batch, triton.cdiv(batch, max(1, SAMPLES_PER_PASS // samples)))
-    gathers = deterministic or options.gather
     with torch.cuda.device(value.device) if value.device.type == "cuda" else nullcontext():
         for first in range(0, batch, images):
             part = slice(first, first + images)
-            sums = gradient[part]
-            if not gathers:
-                sums = sums.zero_() if sums.dtype == torch.float32 else torch.zeros_like(sums, dtype=torch.float32)
-            _pass(problem.images(part), grad_output[part], sums, deterministic, options)
-            if sums.dtype != gradient.dtype:
-                gradient[part] = sums
+            _pass(problem.images(part), grad_output[part], gradient[part], deterministic, options)
     return gradient
 
 
@@ -146,7 +140,11 @@ def _pass(problem: Problem, grad_output: Tensor, gradient: Tensor, deterministic
         records, counts, ranks, shapes, points, weights, references,
         *scalars, *constants, num_warps=options.threads // 32,
     )  # fmt: skip
-    sums = torch.empty(items, 16, block_d, dtype=torch.float32, device=device) if partial else gradient
+    del ranks, counts  # the sums have their memory
+    if partial:
+        sums = torch.empty(items, 16, block_d, dtype=torch.float32, device=device)
+    else:
+        sums = gradient.zero_() if gradient.dtype == torch.float32 else torch.zeros_like(gradient, dtype=torch.float32)
     # The bound on the bins of shapes in device memory is four times what they commonly are.
     programs = min(items, options.programs or (PROGRAMS_OF_UNKNOWN if in_memory else items))
     kernels._tile_kernel[(programs,)](
@@ -160,6 +158,8 @@ def _pass(problem: Problem, grad_output: Tensor, gradient: Tensor, deterministic
             gradient, sums, first_items, shapes, mask, *scalars, num_heads, head_dim, len(problem.num_points),
             mask is not None, in_memory, block_d, options.gather_pixels, num_warps=1,
         )  # fmt: skip
+    elif sums is not gradient:
+        gradient.copy_(sums)
 
 
 def _sorted_places(bins: Tensor, all_bins: int) -> tuple[Tensor, Tensor]:

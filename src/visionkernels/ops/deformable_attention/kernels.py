@@ -172,7 +172,7 @@ def _backward_kernel(
     grad_weight_ptr,  # [N, Lq, M, K]
     grad_reference_ptr,  # [N, Lq, M, REFERENCE_LEVELS, REFERENCE_SIZE] of dtype ACC: each head's part
     grad_output_ptr,  # [N, Lq, M, D]
-    output_ptr,  # [N, Lq, M, D] of the forward, when fused
+    output_ptr,  # [N, Lq, M, D] of the forward, for the points' gradients when fused
     value_ptr,  # as in the forward, from here on
     shapes,
     point_ptr,
@@ -237,8 +237,9 @@ def _backward_kernel(
     if REFERENCE_SIZE > 0:
         reference_ptr += first_query * (REFERENCE_LEVELS * REFERENCE_SIZE)
         peak, total = softmax_parts(weight_ptr, offs_sample, mask_row, ACC, NUM_SAMPLES)
-        output = tl.load(output_ptr + offs_tile, mask=mask_tile, other=0).to(ACC)
-        grad_dot_output = tl.sum(grad_output * output, axis=1)  # [ROWS]
+        if NEEDS_POINTS:
+            output = tl.load(output_ptr + offs_tile, mask=mask_tile, other=0).to(ACC)
+            grad_dot_output = tl.sum(grad_output * output, axis=1)  # [ROWS]
 
     total_x = tl.zeros([ROWS], dtype=ACC)
     total_y = total_x

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from visionkernels.ops.deformable_attention.problem import Problem
 
 CACHE_BYTES = 40 * 2**20  # of an L2 cache of 50 MB, an H200's
 
+Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # as ``backward`` returns them
+
 
 def forward(problem: Problem) -> Tensor:
     """Launch the forward kernel. Returns ``[N, Lq, M * D]`` in the value's dtype."""
@@ -40,17 +42,15 @@ def forward(problem: Problem) -> Tensor:
 def backward(
     problem: Problem,
     grad_output: Tensor,
-    output: Tensor | None,
     needs_value: bool,
     needs_points: bool,
     needs_reference: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
     """Launch the backward kernels.
 
     Args:
         problem: the forward's inputs.
         grad_output: ``[N, Lq, M * D]``, any strides.
-        output: what the fused forward returned; None unfused.
         needs_value: compute the value's gradient.
         needs_points: compute the gradients of points and weights.
         needs_reference: compute the reference points' gradient; implies the work of ``needs_points``.
@@ -59,56 +59,67 @@ def backward(
         The gradients of value, points, weights and reference points, contiguous and in their tensors' dtypes; None
         for those that are not needed.
     """
-    value, points, weights, references = problem.value, problem.points, problem.weights, problem.reference_points
     needs = Needs(needs_value, needs_points or needs_reference, needs_reference)
-    dtype, device = _accumulator(problem), value.device
-    works = grad_output.numel() > 0 and sum(problem.num_points) > 0
-    allocate = torch.empty if works else torch.zeros
-    grad_value = grad_points = grad_weights = parts = None
-    if needs.points:
-        # The kernel has no reason to write the locations' gradient of nearest sampling: it is zero.
-        allocate_points = torch.zeros if problem.method == "nearest" else allocate
-        grad_points = allocate_points(points.shape, dtype=points.dtype, device=device)
-        grad_weights = allocate(weights.shape, dtype=weights.dtype, device=device)
-    if needs.reference and references is not None:  # a part for each head: atomics would add in no order
-        parts = allocate((*points.shape[:3], *references.shape[2:]), dtype=dtype, device=device)
-    if works:
-        buffers = (grad_points, grad_weights, parts, grad_output.contiguous(), output)
-        grad_value = _launch_backward(problem, buffers, needs)
+    if grad_output.numel() == 0 or sum(problem.num_points) == 0:
+        points, weights = _new(problem.points, needs.points), _new(problem.weights, needs.points)
+        return _new(problem.value, needs.value), points, weights, _new(problem.reference_points, needs.reference)
+    grad_output = grad_output.contiguous()
+    binned_value = needs.value and _is_binned(problem)
+    if needs.value and needs.points and not (binned_value or has_points_kernel(problem, grad_output, needs)):
+        return _launch_backward(problem, grad_output, needs)
+    grad_value = None
+    if binned_value:  # before the others are allocated: the memory that it takes meanwhile is free for them again
+        grad_value = binned.grad_value(problem, grad_output, torch.are_deterministic_algorithms_enabled())
     elif needs.value:
-        grad_value = torch.zeros(value.shape, dtype=value.dtype, device=device)
-    grad_references = None
-    if parts is not None and references is not None:
-        grad_references = parts.sum(2).to(references.dtype)
+        grad_value = _atomic_grad_value(problem, grad_output)
+    if not needs.points:
+        return grad_value, None, None, None
+    return grad_value, *_launch_backward(problem, grad_output, needs._replace(value=False))[1:]
+
+
+def _new(tensor: Tensor | None, needed: bool, allocate: Callable[..., Tensor] = torch.zeros) -> Tensor | None:
+    """A contiguous gradient of ``tensor``, if it is needed."""
+    if tensor is None or not needed:
+        return None
+    return allocate(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def _is_binned(problem: Problem) -> bool:
+    """Whether the value's gradient is: where samples outnumber pixels, or where its sums must have an order.
+
+    Raises:
+        RuntimeError: they must have one, and cannot.
+    """
+    possible = has_warp_instructions(problem.value.device) and binned.possible(problem)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if deterministic and not possible and problem.value.numel():
+        _alert_not_deterministic()
+    return possible and (deterministic or binned.pays(problem))
+
+
+def _launch_backward(problem: Problem, grad_output: Tensor, needs: Needs) -> Gradients:
+    """The gradients in one launch."""
+    value, points, references = problem.value, problem.points, problem.reference_points
+    dtype, device = _accumulator(problem), value.device
+    # The kernel has no reason to write the locations' gradient of nearest sampling: it is zero.
+    grad_points = _new(points, needs.points, torch.zeros if problem.method == "nearest" else torch.empty)
+    grad_weights = _new(problem.weights, needs.points, torch.empty)
+    grad_value = torch.zeros(value.shape, dtype=dtype, device=device) if needs.value else None
+    grad_references = output = None
+    if needs.reference and references is not None:  # a part for each head: atomics would add in no order
+        grad_references = torch.empty((*points.shape[:3], *references.shape[2:]), dtype=dtype, device=device)
+    if references is not None and needs.points and not has_points_kernel(problem, grad_output, needs):
+        # This kernel finds the softmax's gradient with it. To keep the one of the forward would cost its memory.
+        output = forward(problem)
+    run(problem, (grad_value, grad_points, grad_weights, grad_references, grad_output, output), needs)
+    if grad_value is not None:
+        grad_value = grad_value.to(value.dtype)
+    if grad_references is not None and references is not None:
+        grad_references = grad_references.sum(2).to(references.dtype)
     return grad_value, grad_points, grad_weights, grad_references
 
 
-def _launch_backward(problem: Problem, buffers: tuple[Tensor | None, ...], needs: Needs) -> Tensor | None:
-    """Fill ``buffers``, all but ``grad_output`` and ``output`` behind them, and return the value's gradient.
-
-    Where samples outnumber pixels, or the sums must have an order, the value's gradient is binned.
-    """
-    value, grad_output, output = problem.value, buffers[3], buffers[4]
-    assert grad_output is not None
-    points = needs._replace(value=False)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    if needs.value and has_warp_instructions(value.device) and binned.possible(problem):  # noqa: SIM102
-        if deterministic or binned.pays(problem):
-            if needs.points:
-                run(problem, (None, *buffers), points)
-            return binned.grad_value(problem, grad_output, deterministic)
-    if needs.value and deterministic and value.numel():
-        _alert_not_deterministic()
-    if needs.value and needs.points and not has_points_kernel(problem, grad_output, output, needs):
-        grad_value = torch.zeros(value.shape, dtype=_accumulator(problem), device=value.device)
-        run(problem, (grad_value, *buffers), needs)
-        return grad_value.to(value.dtype)
-    if needs.points:
-        run(problem, (None, *buffers), points)
-    return _atomic_grad_value(problem, grad_output, output) if needs.value else None
-
-
-def _atomic_grad_value(problem: Problem, grad_output: Tensor, output: Tensor | None) -> Tensor:
+def _atomic_grad_value(problem: Problem, grad_output: Tensor) -> Tensor:
     """The value's gradient alone, as many images at a time as the sums of which stay in the L2 cache."""
     value, dtype = problem.value, _accumulator(problem)
     gradient = torch.empty(value.shape, dtype=value.dtype, device=value.device)
@@ -116,8 +127,7 @@ def _atomic_grad_value(problem: Problem, grad_output: Tensor, output: Tensor | N
     for first in range(0, value.shape[0], images):
         part = slice(first, first + images)
         sums = gradient[part].zero_() if value.dtype == dtype else torch.zeros_like(gradient[part], dtype=dtype)
-        outputs = (grad_output[part], None if output is None else output[part])
-        run(problem.images(part), (sums, None, None, None, *outputs), Needs(True, False, False))
+        run(problem.images(part), (sums, None, None, None, grad_output[part], None), Needs(True, False, False))
         if value.dtype != dtype:
             gradient[part] = sums
     return gradient

@@ -108,7 +108,8 @@ def run(problem: Problem, buffers: tuple[Tensor | None, ...], needs: Needs | Non
 
     Args:
         problem: the inputs.
-        buffers: the output; or, backward, the four gradients, ``grad_output`` and the fused forward's output.
+        buffers: the output; or, backward, the four gradients, ``grad_output``, and the output where the kernel for any
+            GPU computes the gradients of the fused points.
         needs: None for the forward, or the gradients to compute.
     """
     inputs = inputs_of(problem)
@@ -123,9 +124,9 @@ def run(problem: Problem, buffers: tuple[Tensor | None, ...], needs: Needs | Non
             plan.runner = compiled and compiled[plan.grid]  # Triton's interpreter compiles nothing
 
 
-def has_points_kernel(problem: Problem, grad_output: Tensor, output: Tensor | None, needs: Needs) -> bool:
+def has_points_kernel(problem: Problem, grad_output: Tensor, needs: Needs) -> bool:
     """Whether the gradients of points have a kernel of their own, apart from the value's."""
-    plan = plan_of(problem, inputs_of(problem), (grad_output, output), needs._replace(value=False))
+    plan = plan_of(problem, inputs_of(problem), (grad_output, None), needs._replace(value=False))
     return plan.kernel is warp_backward._backward_points_kernel
 
 

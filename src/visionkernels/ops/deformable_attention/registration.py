@@ -33,7 +33,7 @@ for _schema in (
     " -> (Tensor, Tensor, Tensor)",
     f"fused_ms_deform_attn({_FUSED}) -> Tensor",
     f"fused_ms_deform_attn_no_grad({_FUSED}) -> Tensor",
-    f"fused_ms_deform_attn_backward(Tensor grad_output, Tensor output, {_FUSED}, bool needs_value, bool needs_points,"
+    f"fused_ms_deform_attn_backward(Tensor grad_output, {_FUSED}, bool needs_value, bool needs_points,"
     " bool needs_reference) -> (Tensor, Tensor, Tensor, Tensor)",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -91,7 +91,7 @@ def _forward_cuda(
 def _backward_cuda(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *inputs, needs_value, needs_points = arguments
     problem = _problem(*inputs[:5], None, None, *inputs[5:])
-    gradients = _launch().backward(problem, grad_output, None, needs_value, needs_points, False)
+    gradients = _launch().backward(problem, grad_output, needs_value, needs_points, False)
     return _present(gradients[:3], problem.value)
 
 
@@ -99,11 +99,11 @@ def _fused_forward_cuda(*arguments: Any) -> Tensor:
     return _launch().forward(_problem(*arguments))
 
 
-def _fused_backward_cuda(grad_output: Tensor, output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _fused_backward_cuda(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *inputs, needs_value, needs_points, needs_reference = arguments
     problem = _problem(*inputs)
     value, points, weights, reference = _launch().backward(
-        problem, grad_output, output, needs_value, needs_points, needs_reference
+        problem, grad_output, needs_value, needs_points, needs_reference
     )
     if not needs_points:  # the references' gradient is made of theirs
         points = weights = None
@@ -144,7 +144,7 @@ def _fused_forward_cpu(*arguments: Any) -> Tensor:
     )  # fmt: skip
 
 
-def _fused_backward_cpu(grad_output: Tensor, output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _fused_backward_cpu(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *inputs, needs_value, needs_points, needs_reference = arguments
     problem = _problem(*inputs)
     assert problem.reference_points is not None
@@ -190,7 +190,7 @@ def _backward_fake(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return tuple(value.new_empty(0) if t is None else t.new_empty(t.shape) for t in wanted)
 
 
-def _fused_backward_fake(grad_output: Tensor, output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _fused_backward_fake(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     needs_value, needs_points, needs_reference = arguments[-3:]
     value, reference = arguments[0], arguments[5]
     gradients = _backward_fake(grad_output, *arguments[:5], needs_value, needs_points)
@@ -214,18 +214,18 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
 def _fused_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     value, spatial_shapes, ctx.level_sizes, points, weights, references, value_mask, *ctx.options = inputs
-    ctx.save_for_backward(value, spatial_shapes, points, weights, references, value_mask, output)
+    ctx.save_for_backward(value, spatial_shapes, points, weights, references, value_mask)
 
 
 def _fused_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    value, spatial_shapes, points, weights, references, value_mask, output = ctx.saved_tensors
+    value, spatial_shapes, points, weights, references, value_mask = ctx.saved_tensors
     needs_value, needs_points, needs_reference = (
         ctx.needs_input_grad[0],
         any(ctx.needs_input_grad[3:5]),
         ctx.needs_input_grad[5],
     )
     grad_value, grad_points, grad_weights, grad_references = FUSED_BACKWARD(
-        grad_output, output, value, spatial_shapes, ctx.level_sizes, points, weights, references, value_mask,
+        grad_output, value, spatial_shapes, ctx.level_sizes, points, weights, references, value_mask,
         *ctx.options, needs_value, needs_points, needs_reference,
     )  # fmt: skip
     gradients = (grad_value, None, None, grad_points, grad_weights, grad_references) + (None,) * (1 + len(ctx.options))

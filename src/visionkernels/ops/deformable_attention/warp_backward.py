@@ -123,12 +123,12 @@ def _add_to_level(
 
 @triton.jit(do_not_specialize=["shapes", "stride_value_n", "stride_value_m", "num_images", "num_pixels", "num_queries"])
 def _backward_points_kernel(
-    _grad_value_ptr,  # the tensors and sizes are those of kernels._backward_kernel; this one is None
+    _grad_value_ptr,  # the tensors and sizes are those of kernels._backward_kernel; this one and _output_ptr are None
     grad_point_ptr,
     grad_weight_ptr,
     grad_reference_ptr,
     grad_output_ptr,
-    output_ptr,
+    _output_ptr,
     value_ptr,
     shapes,
     point_ptr,
@@ -191,10 +191,6 @@ def _backward_points_kernel(
     zero = tl.zeros([THREADS], tl.float32)
     if FUSED:
         reference_ptr += first_query * (REFERENCE_LEVELS * REFERENCE_SIZE)
-        output_ptr += first_query * NUM_HEADS * HEAD_DIM
-        output_address = lane_address(output_ptr, offs_row * HEAD_DIM, member % LANES)
-        dot_output = _partial_dot(grad, load_words(output_address, mask_row.to(tl.int32)), element)
-        dot_output = lanes_sum(dot_output, lane, LANES)
         peak = zero + float("-inf")
         total = zero
         for first in tl.static_range(0, NUM_SAMPLES, GROUP):
@@ -210,6 +206,9 @@ def _backward_points_kernel(
 
     heights, widths, starts, levels = levels_of(shapes, NUM_LEVELS, SHAPES_IN_MEMORY)
     sums = (zero,) * (REFERENCE_LEVELS * REFERENCE_SIZE)
+    weights = ()  # of the samples that this lane owns, when fused, and the gradients of these weights
+    grad_weights = ()
+    mean = zero
     for first in tl.static_range(0, NUM_SAMPLES, GROUP):
         k = first + member  # the sample that this lane owns
         mask = mask_row
@@ -263,8 +262,11 @@ def _backward_points_kernel(
         grad_x = tl.where(counts, grad_x * weight, 0.0)
         grad_y = tl.where(counts, (slope_y0 * upper + slope_y1 * lower) * weight, 0.0)
         if FUSED:
-            grad_weight = weight * (grad_weight - dot_output)
-        tl.store(grad_weight_ptr + offs_sample + k, grad_weight.to(grad_weight_ptr.dtype.element_ty), mask=mask)
+            weights = weights + (weight,)
+            grad_weights = grad_weights + (grad_weight,)
+            mean += weight * grad_weight
+        else:
+            tl.store(grad_weight_ptr + offs_sample + k, grad_weight.to(grad_weight_ptr.dtype.element_ty), mask=mask)
         scaled_x = tl.where(counts, grad_x * scale_x, 0.0)
         scaled_y = tl.where(counts, grad_y * scale_y, 0.0)
         store_xy(grad_point_ptr, offs_sample + k, scaled_x, scaled_y, mask, XY_IN_ONE_WORD)
@@ -282,6 +284,13 @@ def _backward_points_kernel(
                 )
             sums = _add_to_level(sums, parts, level, first, GROUP, FIRST_POINT, NUM_POINTS, REFERENCE_LEVELS)
 
+    if FUSED:  # the gradient of the softmax
+        mean = lanes_sum(mean, lane, GROUP)
+        for i in tl.static_range(len(weights)):
+            k = i * GROUP + member
+            grad_logit = weights[i] * (grad_weights[i] - mean)
+            grad_logit = grad_logit.to(grad_weight_ptr.dtype.element_ty)
+            tl.store(grad_weight_ptr + offs_sample + k, grad_logit, mask=mask_row & (k < NUM_SAMPLES))
     if NEEDS_REFERENCE:
         offs_pair = (first_query * NUM_HEADS + offs_row) * (REFERENCE_LEVELS * REFERENCE_SIZE // 2)
         for pair in tl.static_range(REFERENCE_LEVELS * REFERENCE_SIZE // 2):
