@@ -117,6 +117,20 @@ def test_a_forked_process_has_threads_of_its_own():
         child.join()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_the_first_call_may_be_in_a_forked_process():
+    script = """
+import os, torch, visionkernels as vk
+n = 4096  # enough for several threads: those of PyTorch's OpenMP are there after the first line
+value, points, weights = torch.ones(1, n, 8, 32), torch.rand(1, n, 8, 1, 4, 2), torch.rand(1, n, 8, 1, 4)
+if os.fork() == 0:
+    vk.ms_deform_attn(value, [(64, 64)], None, points, weights)
+    os._exit(0)
+raise SystemExit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=100)
+
+
 def test_work_is_done_once_whatever_its_size(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     for total in (0, 1, 2, 3, 5, 16, 17, 1000):

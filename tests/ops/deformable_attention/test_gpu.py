@@ -140,9 +140,15 @@ def test_runs_where_the_tensors_are(kind, form):
 
 
 def compiled_kernels():
-    from visionkernels.ops.deformable_attention import kernels, warp_backward, warp_forward
+    from visionkernels.ops.deformable_attention import (
+        binned_kernels,
+        binned_samples,
+        kernels,
+        warp_backward,
+        warp_forward,
+    )
 
-    modules = (kernels, warp_forward, warp_backward)
+    modules = (kernels, warp_forward, warp_backward, binned_samples, binned_kernels)
     jitted = [kernel for module in modules for name, kernel in vars(module).items() if name.endswith("_kernel")]
     return sum(len(cache[0]) for kernel in jitted for cache in kernel.device_caches.values())
 
@@ -171,9 +177,37 @@ def test_another_size_of_the_problem_compiles_nothing(kind, form):
     assert compiled_kernels() == first
 
 
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+def test_another_number_of_images_compiles_nothing_where_they_are_taken_in_parts(monkeypatch, deterministic):
+    """Parts of a mask, say, of an odd number of pixels do not begin where the whole is aligned."""
+    from visionkernels.ops.deformable_attention import binned, launch
+
+    monkeypatch.setattr(binned, "pays", lambda problem: problem.points.shape[1] > 20)
+    monkeypatch.setattr(binned, "SAMPLES_PER_PASS", 1)
+    monkeypatch.setattr(launch, "CACHE_BYTES", 1)
+
+    def run(batch, queries, size):
+        case = Case(shapes=(size, (3, 2)), batch=batch, queries=queries, head_dim=32, reference_levels=2, masked=True)
+        inputs, mask = make_fused_inputs(case, "cuda")
+        value, references, offsets, logits = inputs
+        output = vk.fused_ms_deform_attn(value, case.shapes, references, offsets, logits, value_mask=mask)
+        torch.autograd.grad(output.sum(), inputs)
+
+    if deterministic:
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    run(1, 5, (7, 9))
+    run(1, 30, (7, 9))
+    first = compiled_kernels()
+    for batch, queries, size in itertools.product((1, 4), (5, 19, 33), ((7, 9), (16, 16), (61, 7))):
+        run(batch, queries, size)
+    assert compiled_kernels() == first
+
+
 @pytest.mark.parametrize(
-    "shapes", [((12, 18), (6, 8)), ((12, 18), (60000, 60000)), ((-12, -18), (6, 9)), ((0, 0), (0, 0))]
-)
+    "shapes",
+    [((12, 18), (6, 8)), ((12, 18), (60000, 60000)), ((-12, -18), (6, 9)), ((0, 0), (0, 0)),
+     ((3000, 3000), (-1, -1)), ((12, 18), (2**32 - 1, 2**32 - 1))],
+)  # fmt: skip
 @pytest.mark.parametrize("kind", ["plain", "fused"])
 def test_device_shapes_that_do_not_add_up_give_nan(kind, shapes):
     """The host does not read them, so it cannot raise; nothing outside the value is read or written."""
@@ -183,9 +217,18 @@ def test_device_shapes_that_do_not_add_up_give_nan(kind, shapes):
         call = lambda v, p, w: vk.ms_deform_attn(v, wrong, None, p, w)  # noqa: E731
     else:
         call = lambda v, r, o, w: vk.fused_ms_deform_attn(v, wrong, r, o, w)  # noqa: E731
-    output, *_ = gradients(call, leaves, torch.ones(2, 20, 256, device="cuda"))
+    output, *others = gradients(call, leaves, torch.ones(2, 20, 256, device="cuda"))
     torch.cuda.synchronize()
     assert output.isnan().all()
+    assert not any(gradient.any() for gradient in others)
+
+
+def test_device_shapes_with_strides():
+    call, leaves = prepare("plain", "tensor")
+    expected = call(*leaves)
+    strided = torch.tensor(CASE.shapes, device="cuda").repeat_interleave(2, dim=1)[:, ::2]
+    assert not strided.is_contiguous()
+    torch.testing.assert_close(vk.ms_deform_attn(leaves[0], strided, None, *leaves[1:]), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("form", ["list", "tensor"])

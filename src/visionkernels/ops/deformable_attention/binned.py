@@ -14,15 +14,18 @@ import triton
 from torch import Tensor
 
 from visionkernels.ops.deformable_attention import binned_kernels as kernels
-from visionkernels.ops.deformable_attention import binned_samples, sampling
+from visionkernels.ops.deformable_attention import binned_samples
+from visionkernels.ops.deformable_attention.plan import shapes_argument
 from visionkernels.ops.deformable_attention.problem import Problem
 
 MAX_INT32 = 2**31 - 1
-MAX_SAMPLES = 64  # of a row: they stay in registers
+MAX_SAMPLES = 64  # of a row: they are unrolled
 MAX_HEAD_DIM = 128  # the sums of 16 pixels stay in one warp's registers
 SAMPLES_PER_PIXEL = 4  # of one head, from which sorting them pays,
 MIN_SAMPLES = 2**20  # unless they are so few that launches take most of the time
-SAMPLES_PER_PASS = 5 * 2**20  # bounds the temporary memory, 20 bytes a sample, unless one image has more
+# Bounds the temporary memory, unless one image has more: 20 bytes a sample; when deterministic about as much again for
+# the sort, and the sums of all bins.
+SAMPLES_PER_PASS = 5 * 2**20
 PLAN_BLOCK = 256
 PROGRAMS_OF_UNKNOWN = 16384  # that share the items, where their number is not known
 
@@ -112,7 +115,7 @@ def _pass(problem: Problem, grad_output: Tensor, gradient: Tensor, deterministic
     partial = deterministic or options.gather
     block_d = max(16, triton.next_power_of_2(head_dim))
     items = samples // options.chunk + min(all_bins, samples)
-    shapes = _shapes(problem)
+    shapes = shapes_argument(problem)
     in_memory = problem.spatial_shapes is not None
     mask = None if problem.value_mask is None else problem.value_mask.contiguous().view(torch.uint8)
     scalars = (batch, num_pixels, num_queries, num_bins)
@@ -204,10 +207,3 @@ def bins_of_a_head(problem: Problem) -> int:
     sizes = problem.level_sizes
     levels = zip(sizes[::2], sizes[1::2], strict=True)
     return max(1, sum(((h + 3) // 3) * ((w + 3) // 3) for h, w in levels if h and w))
-
-
-def _shapes(problem: Problem) -> Tensor | tuple[int, ...]:
-    """The tensor in device memory; or the sizes, in the form in which they are launch arguments."""
-    if problem.spatial_shapes is not None:
-        return problem.spatial_shapes.contiguous()
-    return tuple([(size << sampling.SIZE_SHIFT.value) + sampling.SIZE_PAD for size in problem.level_sizes])

@@ -11,6 +11,7 @@ Source: Zhu et al., "Deformable DETR" (https://arxiv.org/abs/2010.04159), equati
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from visionkernels.ops.deformable_attention.cpu_passes import attend, differentiate
 from visionkernels.ops.deformable_attention.cpu_samples import FusedPoints, Mode, Points, Shapes
+
+PROCESS = os.getpid()  # that imported this package; ``cpu_threads`` recognises a fork of it by another number
 
 
 @cache

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
+from visionkernels.ops.deformable_attention.cpu import PROCESS
+
 _PIECES = 4  # pieces of a thread: what one of them is late for, the others do
-_PROCESS = os.getpid()
 
 
 def divide(total: int, cost: int, least: int) -> tuple[int, int]:
@@ -39,7 +40,7 @@ def _open_mp() -> Callable[..., None] | None:
 
 def open_mp() -> Callable[[int, int, int, int], None] | None:
     """PyTorch's OpenMP: takes a C function, its argument, how many threads are to call it, and 0; None without."""
-    return _open_mp() if os.getpid() == _PROCESS else None
+    return _open_mp() if os.getpid() == PROCESS else None
 
 
 def share(work: Callable[[int, int], None], total: int, cost: int, least: int) -> None:

@@ -151,7 +151,7 @@ def repeat(problem: Problem) -> Callable[..., Tensor] | None:
     if copied or problem.value_mask is not None or plan.runner is None:
         return None
     device, runner, arguments = value.device, plan.runner, plan.arguments
-    sizes = None if inputs.shapes is not None else shapes_argument(problem, inputs)
+    sizes = None if inputs.shapes is not None else shapes_argument(problem)
 
     def launch(
         value: Tensor, points: Tensor, weights: Tensor, references: Tensor | None, mask: None, shapes: Any
@@ -175,8 +175,9 @@ def _alert_not_deterministic() -> None:
     """What PyTorch's own operators do under ``torch.use_deterministic_algorithms``."""
     message = (
         "the backward of ms_deform_attn on CUDA has no deterministic implementation for float64, nearest sampling, "
-        "heads of more than 128 channels, queries of more than 64 points or GPUs that are not NVIDIA's; call "
-        "torch.use_deterministic_algorithms(False), or pass warn_only=True"
+        "heads of more than 128 channels, queries of more than 64 samples, images of more than 2**31 numbers, or GPUs "
+        "that are not NVIDIA's of compute capability 8.0 on; call torch.use_deterministic_algorithms(False), or pass "
+        "warn_only=True"
     )
     if not torch.is_deterministic_algorithms_warn_only_enabled():
         raise RuntimeError(message)

@@ -75,10 +75,10 @@ def inputs_of(problem: Problem) -> Inputs:
     )
 
 
-def shapes_argument(problem: Problem, inputs: Inputs) -> Tensor | tuple[int, ...]:
+def shapes_argument(problem: Problem) -> Tensor | tuple[int, ...]:
     """The tensor in device memory; or the sizes, in the form in which they are launch arguments."""
-    if inputs.shapes is not None:
-        return inputs.shapes
+    if problem.spatial_shapes is not None:
+        return problem.spatial_shapes.contiguous()
     return tuple([(size << sampling.SIZE_SHIFT.value) + sampling.SIZE_PAD for size in problem.level_sizes])
 
 
@@ -99,7 +99,7 @@ def plan_of(problem: Problem, inputs: Inputs, buffers: tuple[Tensor | None, ...]
         None if references is None else references.shape,
         tuple([None if t is None else t.dtype for t in inputs[2:]]), alignment,
         problem.num_points, problem.padding_mode, problem.align_corners, problem.method, needs,
-        max(problem.level_sizes, default=0) > MAX_INT32 >> (sampling.SIZE_SHIFT.value + 1),
+        tuple([size > MAX_INT32 >> (sampling.SIZE_SHIFT.value + 1) for size in problem.level_sizes]),
     )  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def run(problem: Problem, buffers: tuple[Tensor | None, ...], needs: Needs | Non
     """
     inputs = inputs_of(problem)
     plan = plan_of(problem, inputs, buffers[4:], needs)
-    arguments = (*buffers, inputs.value, shapes_argument(problem, inputs), *inputs[1:5])
+    arguments = (*buffers, inputs.value, shapes_argument(problem), *inputs[1:5])
     # Triton launches on the current device, wherever the tensors are.
     with on_device(problem.value.device):
         if plan.runner is not None:
@@ -189,7 +189,7 @@ def _plan(
     align_corners: bool,
     method: str,
     needs: Needs | None,
-    wide_sizes: bool,
+    wide_sizes: tuple[bool, ...],
 ) -> Plan:
     """Chooses the kernel. The arguments are its key, all of them."""
     batch, num_pixels, num_heads, head_dim = value_shape

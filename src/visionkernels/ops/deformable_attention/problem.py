@@ -29,8 +29,14 @@ class Problem(NamedTuple):
         """The problem of some of the images."""
         return self._replace(
             value=self.value[part],
-            points=self.points[part],
-            weights=self.weights[part],
-            reference_points=None if self.reference_points is None else self.reference_points[part],
-            value_mask=None if self.value_mask is None else self.value_mask[part],
+            points=_aligned(self.points, part),
+            weights=_aligned(self.weights, part),
+            reference_points=None if self.reference_points is None else _aligned(self.reference_points, part),
+            value_mask=None if self.value_mask is None else _aligned(self.value_mask, part),
         )
+
+
+def _aligned(tensor: Tensor, part: slice) -> Tensor:
+    """A slice that begins at a multiple of 16 bytes, like the whole: Triton compiles anew for one that does not."""
+    images = tensor[part]
+    return images if (images.data_ptr() - tensor.data_ptr()) % 16 == 0 else images.clone()

@@ -28,8 +28,9 @@ def shapes_fit(shapes, num_pixels, NUM_LEVELS: tl.constexpr):
 def level_shape(shapes, level: tl.constexpr, SHAPES_IN_MEMORY: tl.constexpr):
     """(h, w) of a level, from a tensor in device memory or from the launch arguments."""
     if SHAPES_IN_MEMORY:
-        height = tl.load(shapes + 2 * level).to(tl.int32)
-        width = tl.load(shapes + 2 * level + 1).to(tl.int32)
+        # Of a negative size ``locate`` would take any pixel to be inside.
+        height = tl.maximum(tl.load(shapes + 2 * level).to(tl.int32), 0)
+        width = tl.maximum(tl.load(shapes + 2 * level + 1).to(tl.int32), 0)
     else:
         height = (shapes[2 * level] >> SIZE_SHIFT).to(tl.int32)
         width = (shapes[2 * level + 1] >> SIZE_SHIFT).to(tl.int32)
@@ -159,12 +160,6 @@ def locate(x, size, BORDER: tl.constexpr, NEAREST: tl.constexpr):
     inside = first.to(tl.uint32, bitcast=True) < unsigned_size
     next_inside = (first + 1).to(tl.uint32, bitcast=True) < unsigned_size
     return first, x - floor, inside, next_inside, slope
-
-
-@triton.jit
-def inside_corners(first, fraction, inside, next_inside):
-    """Of what ``locate`` returns: the first pixel inside, its weight, the next one's weight, and if there is one."""
-    return tl.maximum(first, 0), tl.where(inside, 1 - fraction, fraction), fraction, inside & next_inside
 
 
 @triton.jit

@@ -55,7 +55,7 @@ class WarpTile(NamedTuple):
     num_warps: int
 
 
-MAX_UNROLLED = 64  # samples of a row; the code grows with them, and so does the time to compile it
+MAX_UNROLLED = 32  # samples of a row; the code grows with them, and so do registers and the time to compile it
 
 
 @lru_cache
