@@ -50,8 +50,8 @@ def compiled(budget):
     return compile_all
 
 
-def spilled(budget, kernels):
-    return {name: stack for name, kernel in kernels.items() if (stack := budget.measure(kernel)["stack"])}
+def spilled(budget, kernels, allowed=0):
+    return {name: stack for name, kernel in kernels.items() if (stack := budget.measure(kernel)["stack"]) > allowed}
 
 
 def reads_widely(kernel):
@@ -66,7 +66,8 @@ def reads_widely(kernel):
 @pytest.mark.parametrize("target", NVIDIA.values(), ids=NVIDIA)
 def test_nvidia(budget, compiled, target, way, fused):
     kernels = compiled(way, target, fused=fused)
-    assert not spilled(budget, kernels)
+    # The limit of registers under which this kernel is fastest has a few values of its head wait in memory.
+    assert not spilled(budget, kernels, allowed=32 if (way, fused) == ("points", True) else 0)
     for name in {"_forward_warp_kernel", "_backward_points_kernel"} & set(kernels):
         assert reads_widely(kernels[name])
 

@@ -123,9 +123,9 @@ def _pass(problem: Problem, grad_output: Tensor, gradient: Tensor, deterministic
     references = None if problem.reference_points is None else problem.reference_points.contiguous()
     constants = _sampling_constants(problem, options, deterministic)
     grid: tuple[int, ...] = (batch * triton.cdiv(num_queries, options.threads), num_heads)
-    # The counters and the two cursors behind them are filled with zeros at a time.
-    counters = torch.zeros((0 if deterministic else all_bins) + 2, dtype=torch.int32, device=device)
-    counts, cursor = counters[:-2], counters[-2:]
+    # Two cursors and the counters are filled with zeros at a time; both begin at multiples of 16 bytes.
+    counters = torch.zeros(4 + (0 if deterministic else all_bins), dtype=torch.int32, device=device)
+    cursor, counts = counters[:2], counters[4:]
     ranks = torch.empty(samples, dtype=torch.int32, device=device)
     binned_samples._count_kernel[grid](
         counts, ranks, shapes, points, references, *scalars, *constants, num_warps=options.threads // 32
