@@ -1,0 +1,244 @@
+"""The same attention under the arguments and layouts of other code bases: one short function each.
+
+Each function takes the place of the upstream function of its row: import it instead, or assign it to the name in the
+upstream module that calls it. Level shapes are (h, w), locations (x, y) from 0 to 1 across a level, and outside
+counts as zero, everywhere. The dtype of a result is that of the value, inside an autocast region as well.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visionkernels.integrations._autocast import outside_autocast
+from visionkernels.integrations.table import Row
+from visionkernels.ops.deformable_attention import checks
+from visionkernels.ops.deformable_attention.op import fused_ms_deform_attn, ms_deform_attn
+
+ROWS = (
+    Row(
+        "DCNv4, FlashDeformAttn",
+        "1.0.0.post2 (4b848f7)",
+        "FlashDeformAttnFunction",
+        "from visionkernels.integrations.layouts import FlashDeformAttnFunction",
+    ),
+    Row(
+        "TensorRT, MultiscaleDeformableAttnPlugin_TRT",
+        "plugin 1 and 2, layout only",
+        "the plugin's inputs and its output of four axes",
+        "from visionkernels.integrations.layouts import multiscale_deformable_attn_plugin",
+    ),
+    Row(
+        "RF-DETR (rfdetr)",
+        "1.4.1 and 1.11.2",
+        "ms_deform_attn_core_pytorch",
+        "rfdetr.models.ops.modules.ms_deform_attn.ms_deform_attn_core_pytorch = rf_detr_core",
+    ),
+    Row(
+        "D-FINE",
+        "4a1f73a (2025-04)",
+        "deformable_attention_core_func_v2",
+        "src.zoo.dfine.dfine_decoder.deformable_attention_core_func_v2 = d_fine_core, before the model is built",
+    ),
+    Row(
+        "msda-triton",
+        "0.1.1",
+        "multiscale_deformable_attention, MultiscaleDeformableAttention",
+        "from visionkernels import multiscale_deformable_attention, MultiscaleDeformableAttention",
+    ),
+)
+
+_DISCRETE = {"default": "bilinear", "discrete": "nearest"}  # D-FINE's names
+
+
+class FlashDeformAttnFunction:
+    """DCNv4's function of that name, by its one method `apply`.
+
+    The module above it, `FlashDeformAttn`, has the constructor, the parameters and the arguments of
+    `visionkernels.MSDeformAttn`, which loads its checkpoints and keeps the locations in float32.
+
+    Source:
+        `DCNv4_op/DCNv4/functions/flash_deform_attn_func.py`.
+    """
+
+    @staticmethod
+    def apply(
+        value: Tensor,
+        value_spatial_shapes: checks.SpatialShapes,
+        value_level_start_index: Tensor | None,
+        sampling_loc_attn: Tensor,
+        im2col_step: int | None = None,
+        K: int = 8,
+    ) -> Tensor:
+        """Attend; the softmax is inside, in one kernel with the sampling.
+
+        Args:
+            value: `[N, S, M, D]`.
+            value_spatial_shapes: `[L, 2]`, (h, w), or a list of pairs.
+            value_level_start_index: follows from the shapes and is not read.
+            sampling_loc_attn: `[N, Lq, M, L * K * 3]`: for each head the locations, `[L, K, 2]`, then the logits,
+                `[L, K]`, before the softmax.
+            im2col_step: does nothing.
+            K: points of a head on a level.
+
+        Returns:
+            `[N, Lq, M * D]` in the dtype of `value`. Gradients reach `value` and `sampling_loc_attn`.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as `fused_ms_deform_attn`.
+
+        Example:
+            >>> value = torch.arange(6.0).view(1, 6, 1, 1)  # one level of 2 x 3 pixels
+            >>> packed = torch.tensor([0.5, 0.5, 0.0]).view(1, 1, 1, 3)  # x, y, logit
+            >>> FlashDeformAttnFunction.apply(value, [(2, 3)], None, packed, 64, 1)
+            tensor([[[2.5000]]])
+        """
+        num_samples = len(value_spatial_shapes) * K
+        if not isinstance(sampling_loc_attn, Tensor) or sampling_loc_attn.dim() != 4:
+            came = list(sampling_loc_attn.shape) if isinstance(sampling_loc_attn, Tensor) else sampling_loc_attn
+            raise ValueError(f"sampling_loc_attn must be a tensor [N, Lq, M, L * K * 3], got {came}")
+        if sampling_loc_attn.shape[3] != num_samples * 3:
+            raise ValueError(
+                f"sampling_loc_attn must be [N, Lq, M, L * K * 3] with L * K * 3 = {num_samples * 3} for "
+                f"{len(value_spatial_shapes)} levels and K = {K}, got {list(sampling_loc_attn.shape)}"
+            )
+        locations, logits = sampling_loc_attn.split([num_samples * 2, num_samples], -1)
+        points = (len(value_spatial_shapes), K)
+        # A reference box at 0 of the size 2 K makes an offset the location: 0 + offset / K * 2 K * 0.5.
+        box = sampling_loc_attn.new_zeros(1, 1, 1, 4)
+        box[..., 2:] = 2 * K
+        with outside_autocast(value):
+            return fused_ms_deform_attn(
+                value,
+                value_spatial_shapes,
+                box.expand(*sampling_loc_attn.shape[:2], 1, 4),
+                locations.unflatten(-1, (*points, 2)),
+                logits.unflatten(-1, points),
+            )
+
+
+def multiscale_deformable_attn_plugin(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    """The inputs and the output of TensorRT's `MultiscaleDeformableAttnPlugin_TRT`.
+
+    Args:
+        value: `[N, S, M, D]`.
+        spatial_shapes: `[L, 2]`, (h, w), int32 as the plugin takes it, or int64.
+        level_start_index: `[L]`, likewise.
+        sampling_locations: `[N, Lq, M, L, P, 2]`.
+        attention_weights: `[N, Lq, M, L, P]`, the softmax already applied.
+
+    Returns:
+        `[N, Lq, M, D]` in the dtype of `value`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `ms_deform_attn`.
+
+    Source:
+        `plugin/multiscaleDeformableAttnPlugin` of NVIDIA/TensorRT.
+
+    Example:
+        >>> value, shapes = torch.ones(1, 6, 2, 4), torch.tensor([[2, 3]], dtype=torch.int32)
+        >>> locations, weights = torch.full((1, 5, 2, 1, 1, 2), 0.5), torch.ones(1, 5, 2, 1, 1)
+        >>> start = torch.tensor([0], dtype=torch.int32)
+        >>> multiscale_deformable_attn_plugin(value, shapes, start, locations, weights).shape
+        torch.Size([1, 5, 2, 4])
+    """
+    with outside_autocast(value):
+        output = ms_deform_attn(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    return output.unflatten(2, value.shape[2:])
+
+
+def rf_detr_core(
+    value: Tensor,
+    value_spatial_shapes: checks.SpatialShapes,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    value_spatial_shapes_hw: Sequence[tuple[int, int]] | None = None,
+) -> Tensor:
+    """RF-DETR's `ms_deform_attn_core_pytorch`: pixels on the last axis of the value.
+
+    Args:
+        value: `[N, M, D, S]`.
+        value_spatial_shapes: `[L, 2]`, (h, w), or a list of pairs.
+        sampling_locations: `[N, Lq, M, L, P, 2]`, or `[N, Lq, M, L * P, 2]` as in its export mode.
+        attention_weights: `[N, Lq, M, L * P]`, as its module passes them, or `[N, Lq, M, L, P]`; the softmax already
+            applied.
+        value_spatial_shapes_hw: the shapes as pairs of integers, where the caller has them on the host.
+
+    Returns:
+        `[N, Lq, M * D]` in the dtype of `value`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `ms_deform_attn`.
+
+    Source:
+        `rfdetr.models.ops.functions.ms_deform_attn_func`.
+
+    Example:
+        >>> value = torch.arange(6.0).view(1, 1, 1, 6)  # one level of 2 x 3 pixels
+        >>> center, weights = torch.full((1, 1, 1, 1, 1, 2), 0.5), torch.ones(1, 1, 1, 1)
+        >>> rf_detr_core(value, torch.tensor([[2, 3]]), center, weights)
+        tensor([[[2.5000]]])
+    """
+    shapes = value_spatial_shapes if value_spatial_shapes_hw is None else value_spatial_shapes_hw
+    if sampling_locations.dim() == 5:
+        sampling_locations = sampling_locations.unflatten(3, (len(shapes), -1))
+    weights = attention_weights.reshape(sampling_locations.shape[:-1])
+    with outside_autocast(value):
+        return ms_deform_attn(value.permute(0, 3, 1, 2), shapes, None, sampling_locations, weights)
+
+
+def d_fine_core(
+    value: Sequence[Tensor],
+    value_spatial_shapes: Sequence[Any],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    num_points_list: Sequence[int],
+    method: str = "default",
+) -> Tensor:
+    """D-FINE's `deformable_attention_core_func_v2`: a value for each level, and packed points.
+
+    One difference: `"discrete"` clamps x to the width and y to the height of a level. Upstream clamps both to the
+    height, which is the same on square levels.
+
+    Args:
+        value: a tensor `[N, M, D, h * w]` for each level.
+        value_spatial_shapes: (h, w) of each level.
+        sampling_locations: `[N, Lq, M, sum(num_points_list), 2]`.
+        attention_weights: `[N, Lq, M, sum(num_points_list)]`, the softmax already applied.
+        num_points_list: points of each level.
+        method: `"default"` samples bilinearly, `"discrete"` takes the nearest pixel.
+
+    Returns:
+        `[N, Lq, M * D]` in the dtype of `value`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `ms_deform_attn`.
+
+    Source:
+        `src/zoo/dfine/utils.py` of D-FINE; DEIM has the same.
+
+    Example:
+        >>> value = [torch.arange(6.0).view(1, 1, 1, 6), torch.ones(1, 1, 1, 1)]
+        >>> center, weights = torch.full((1, 1, 1, 3, 2), 0.5), torch.ones(1, 1, 1, 3)
+        >>> d_fine_core(value, [(2, 3), (1, 1)], center, weights, [2, 1])
+        tensor([[[6.]]])
+    """
+    if method not in _DISCRETE:
+        raise ValueError(f"method must be one of {tuple(_DISCRETE)}, got {method!r}")
+    sizes = [level.shape[-1] for level in value]
+    if not sizes or sizes != [h * w for h, w in value_spatial_shapes]:
+        raise ValueError(f"value must hold a tensor [N, M, D, h * w] for each of {value_spatial_shapes}, got {sizes}")
+    with outside_autocast(value[0]):
+        pixels = torch.cat([level.permute(0, 3, 1, 2) for level in value], 1)
+        return ms_deform_attn(
+            pixels, value_spatial_shapes, None, sampling_locations, attention_weights,
+            num_points=num_points_list, method=_DISCRETE[method],
+        )  # fmt: skip
