@@ -78,6 +78,7 @@ class MultiScaleDeformableAttnFunction:
             TypeError, ValueError, RuntimeError: as `ms_deform_attn`.
 
         Example:
+            >>> import torch
             >>> value, locations = torch.ones(1, 6, 2, 4), torch.full((1, 5, 2, 1, 3, 2), 0.5)
             >>> weights, shapes, start = torch.rand(1, 5, 2, 1, 3), torch.tensor([[2, 3]]), torch.tensor([0])
             >>> MultiScaleDeformableAttnFunction.apply(value, shapes, start, locations, weights, 64).shape
@@ -110,6 +111,7 @@ def multi_scale_deformable_attn_pytorch(
         `mmcv/ops/multi_scale_deform_attn.py`.
 
     Example:
+        >>> import torch
         >>> value, locations = torch.ones(1, 6, 2, 4), torch.full((1, 5, 2, 1, 3, 2), 0.5)
         >>> multi_scale_deformable_attn_pytorch(value, [(2, 3)], locations, torch.rand(1, 5, 2, 1, 3)).shape
         torch.Size([1, 5, 8])
