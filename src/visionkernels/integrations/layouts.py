@@ -19,13 +19,13 @@ from visionkernels.ops.deformable_attention.op import fused_ms_deform_attn, ms_d
 ROWS = (
     Row(
         "DCNv4, FlashDeformAttn",
-        "1.0.0.post2 (4b848f7)",
+        "interface of 1.0.0.post2 (4b848f7)",
         "FlashDeformAttnFunction",
         "from visionkernels.integrations.layouts import FlashDeformAttnFunction",
     ),
     Row(
         "TensorRT, MultiscaleDeformableAttnPlugin_TRT",
-        "plugin 1 and 2, layout only",
+        "interface of plugin versions 1 and 2",
         "the plugin's inputs and its output of four axes",
         "from visionkernels.integrations.layouts import multiscale_deformable_attn_plugin",
     ),
