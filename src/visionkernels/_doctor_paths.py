@@ -74,8 +74,8 @@ def _gpu_paths(launch: ModuleType, device: torch.device, operator: str, workload
     def kernel(part: str, needs: Any) -> Path:
         chosen = plan.plan_of(problem, inputs, (), needs).kernel
         if chosen in (warp_forward._forward_warp_kernel, warp_backward._backward_points_kernel):
-            return path(part, "warp kernel", f"{gpu} has its instructions")
-        reason = f"there is no warp kernel for {dtype} and these sizes" if warps else f"{gpu} has no warp kernels"
+            return path(part, "warp kernel", gpu)
+        reason = f"no warp kernel takes {dtype} at these sizes" if warps else gpu
         return path(part, "kernel for any GPU", reason)
 
     def path(part: str, takes: str, why: str) -> Path:
@@ -83,13 +83,13 @@ def _gpu_paths(launch: ModuleType, device: torch.device, operator: str, workload
 
     bins = warps and binned.possible(problem)
     if not bins:
-        by_value = path(VALUE, "atomic sums", f"binned sums do not take {dtype}" if warps else f"{gpu} has no bins")
+        by_value = path(VALUE, "atomic sums", f"binned sums do not take {dtype}" if warps else gpu)
         ordered = path(DETERMINISTIC, "none: raises an error", by_value.why)
     else:
         pays = binned.pays(problem)
         takes, why = ("binned sums", "samples outnumber pixels") if pays else ("atomic sums", "samples are few")
         by_value = path(VALUE, takes, why)
-        ordered = path(DETERMINISTIC, "binned sums, sorted", "torch.use_deterministic_algorithms(True)")
+        ordered = path(DETERMINISTIC, "binned sums, sorted", "under torch.use_deterministic_algorithms(True)")
     return [kernel(FORWARD, None), by_value, ordered, kernel(POINTS, plan.Needs(False, True, False))]
 
 
@@ -99,7 +99,7 @@ def _gpu(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "an AMD GPU"
     major, minor = torch.cuda.get_device_capability(device)
-    return f"compute capability {major}.{minor} ({'at least' if (major, minor) >= (8, 0) else 'below'} 8.0)"
+    return f"compute capability {major}.{minor}, {'at least' if (major, minor) >= (8, 0) else 'below'} 8.0"
 
 
 def _problem(case: Case, dtype: torch.dtype, device: torch.device, fused: bool) -> Problem:

@@ -37,7 +37,8 @@ def lines(report: Report) -> list[str]:
 
 
 def _wrapped(title: str, text: str, indent: str = "") -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent=f"{indent}{title} ", subsequent_indent=indent + "  ")
+    indents = {"initial_indent": f"{indent}{title} ", "subsequent_indent": f"{indent}  "}
+    return textwrap.wrap(text, WIDTH, break_on_hyphens=False, **indents)
 
 
 def _device(device: Device) -> list[str]:
@@ -62,7 +63,8 @@ def _grouped(paths: Sequence[Path]) -> dict[str, tuple[str, str]]:
         _, takes, why = next(iter(groups))
         return {"every operator, forward and backward": (takes, why)}
     found = {}
-    for (part, takes, why), group in groups.items():
+    parts = list(dict.fromkeys(path.part for path in paths))
+    for (part, takes, why), group in sorted(groups.items(), key=lambda item: parts.index(item[0][0])):
         of_part = [path for path in paths if path.part == part]
         limits = []
         for field in ("operator", "workload", "dtype"):
