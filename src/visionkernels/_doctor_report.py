@@ -37,8 +37,8 @@ def lines(report: Report) -> list[str]:
 
 
 def _wrapped(title: str, text: str, indent: str = "") -> list[str]:
-    indents = {"initial_indent": f"{indent}{title} ", "subsequent_indent": f"{indent}  "}
-    return textwrap.wrap(text, WIDTH, break_on_hyphens=False, **indents)
+    wrapper = textwrap.TextWrapper(WIDTH, f"{indent}{title} ", f"{indent}  ", break_on_hyphens=False)
+    return wrapper.wrap(text)
 
 
 def _device(device: Device) -> list[str]:

@@ -5,6 +5,8 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
@@ -59,6 +61,12 @@ a CPU; on a GPU the first run compiles the kernels.
 Ends with exit code 1 if a result is wrong or an operator fails.
 """
 
+_INTEGRATIONS_HELP = """\
+Print the code bases that this package's operator can be put into: what is replaced there, the versions it is
+tested with, and the line that switches it on. With --model, say what that line would replace in a checkpoint
+of Hugging Face transformers.
+"""
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -79,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_detect(subparsers)
     _add_bench(subparsers)
     _add_doctor(subparsers)
+    _add_integrations(subparsers)
     return parser
 
 
@@ -199,6 +208,32 @@ def _run_doctor(args: argparse.Namespace) -> int:
     else:
         print("\n".join(_doctor_report.lines(report)))
     return 0 if report.ok else 1
+
+
+def _add_integrations(subparsers: "argparse._SubParsersAction[_Parser]") -> None:
+    job = subparsers.add_parser(
+        "integrations",
+        help="list the code bases that the operator can be put into",
+        description=_INTEGRATIONS_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    job.add_argument("--model", metavar="DIR", type=Path, help="say what would be replaced in this checkpoint")
+    job.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    job.set_defaults(run=_run_integrations)
+
+
+def _run_integrations(args: argparse.Namespace) -> None:
+    from visionkernels import _integrations_report
+    from visionkernels.integrations import table
+
+    if args.model is not None:
+        report = import_module("visionkernels.integrations.transformers").would_patch(args.model)
+        print(json.dumps(asdict(report), indent=2) if args.json else report)
+    elif args.json:
+        print(json.dumps([asdict(row) for row in table.rows()], indent=2))
+    else:
+        _integrations_report.show(table.rows())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

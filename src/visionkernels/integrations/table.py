@@ -1,6 +1,9 @@
-"""What a row of the table of integrations says; each file of this package holds the rows of one upstream project."""
+"""The table of integrations: what a row of it says, and all rows; the files of this package hold their own."""
 
 from dataclasses import dataclass
+from importlib import import_module
+
+_FILES = ("transformers", "deformable_detr", "mmcv", "detrex", "layouts")  # each has ROWS
 
 
 @dataclass(frozen=True)
@@ -18,3 +21,13 @@ class Row:
     versions: str
     replaces: str
     switch_on: str
+
+
+def rows() -> list[Row]:
+    """Every integration, in the order in which people look for them; imports no upstream project.
+
+    Example:
+        >>> rows()[0].switch_on
+        'visionkernels.patch(model)'
+    """
+    return [row for name in _FILES for row in import_module(f"visionkernels.integrations.{name}").ROWS]
