@@ -280,20 +280,27 @@ def check_fused(
 def _compare(
     names: Sequence[str], call: Callable, truth: Callable, eager: Callable, inputs: Sequence[Tensor], grad: Tensor
 ) -> None:
-    """The outputs of the three functions, and their gradients, by the rule.
-
-    The gradient of a softmax is w (g - sum(w g)), and sum(w g) is grad_output . output, taken from the output as it is
-    stored: the result inherits what that rounding makes of the term, which may cancel.
-    """
+    """The outputs of the three functions, and their gradients, by the rule."""
     got = gradients(call, inputs, grad)
     exact = gradients(truth, [tensor.detach().double() for tensor in inputs], grad.double())
     own = gradients(eager, inputs, grad)
     for name, *results in zip(("output", *(f"gradient of {n}" for n in names)), got, exact, own, strict=True):
         inherited = 0.0
-        if name == "gradient of logits" and exact[0].numel():
-            stored = exact[0].to(got[0].dtype).double()
-            dots = torch.stack([exact[0], stored - exact[0]]) * grad.double()
-            dot, rounding = dots.unflatten(3, (-1, inputs[0].shape[3])).sum(4).abs().amax((1, 2, 3)).tolist()
-            wide = torch.promote_types(got[0].dtype, torch.float32)
-            inherited = 2 * rounding + dot * ROUNDINGS * torch.finfo(wide).eps
+        if name == "gradient of logits":
+            inherited = inherited_by_logits(exact[0], got[0].dtype, grad, inputs[0].shape[3])
         assert_accurate(name, *results, inherited)
+
+
+def inherited_by_logits(output: Tensor, dtype: torch.dtype, grad_output: Tensor, head_dim: int) -> float:
+    """The error that the gradient of logits has from ``output``, the exact one, which is stored in ``dtype``.
+
+    The gradient of a softmax is w (g - sum(w g)), and sum(w g) is grad_output . output, taken from the output as it is
+    stored: the result inherits what that rounding makes of the term, which may cancel.
+    """
+    if not output.numel():
+        return 0.0
+    dots = torch.stack([output, output.to(dtype).double() - output]) * grad_output.double()
+    dots = dots.unflatten(3, (-1, head_dim)).sum(4).nan_to_num(0.0, 0.0, 0.0)  # where NaN, so is the gradient
+    dot, rounding = dots.abs().amax((1, 2, 3)).tolist()
+    wide = torch.promote_types(dtype, torch.float32)
+    return 2 * rounding + dot * ROUNDINGS * torch.finfo(wide).eps

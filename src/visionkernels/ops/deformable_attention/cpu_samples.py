@@ -225,7 +225,8 @@ class FusedPoints:
         counts = torch.tensor(self.num_points, dtype=torch.int64, device="cpu")
         self.level = torch.repeat_interleave(counts)
         if references.shape[3] == 2:
-            step = 1 / torch.tensor([(w, h) for h, w in shapes], dtype=self.dtype, device="cpu")
+            sizes = torch.tensor([(w, h) for h, w in shapes], dtype=self.dtype, device="cpu")
+            step = 1 / sizes.view(-1, 2)  # also where there are no levels
         else:
             step = 0.5 / counts.to(self.dtype)[:, None]
         self.step = step[self.level].T[:, None, None]  # [2 or 1, 1, 1, K]
