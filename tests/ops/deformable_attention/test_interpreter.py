@@ -17,7 +17,7 @@ def test_kernels_under_the_interpreter():
     pytest.importorskip("triton", reason="Triton is not installed")
     environment = {name: text for name, text in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    files = [str(HERE / name) for name in ("test_op.py", "test_fused.py", "test_binned.py")]
+    files = [str(HERE / name) for name in ("test_op.py", "test_fused.py", "test_binned.py", "test_hostile.py")]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-q", "--no-header"]
     done = subprocess.run(
         [*command, "--color=no", "--tb=short", "--maxfail=20", *files],

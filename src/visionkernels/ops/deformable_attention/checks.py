@@ -23,12 +23,26 @@ def check_value(value: Tensor) -> None:
         raise TypeError(f"value must be a tensor, got {type(value).__name__}")
     if not value.is_floating_point() or value.element_size() < 2:
         raise TypeError(f"value must be float64, float32, float16 or bfloat16, got {value.dtype}")
-    if value.layout != torch.strided:
-        raise TypeError(f"value must be a dense tensor, got the layout {value.layout}")
+    check_dense("value", value)
     if value.dim() != 4:
         raise ValueError(f"value must be [N, S, M, D] (batch, pixels, heads, head_dim), got {list(value.shape)}")
     if value.device.type not in ("cuda", "cpu", "meta"):
         raise ValueError(f"value must be on a CUDA (or ROCm) device or on the CPU, got {value.device}")
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Strides and sizes are those of memory: a sparse tensor has none, a nested one has others for each row."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else f"the layout {tensor.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
+
+
+def _shown(found: object) -> str:
+    """What came, in one line."""
+    if isinstance(found, Tensor):
+        return f"a tensor of {found.dtype}"
+    text = " ".join(repr(found).split())
+    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def check_like(name: str, tensor: Tensor, expected: tuple[int, ...], axes: str, value: Tensor) -> None:
@@ -37,6 +51,7 @@ def check_like(name: str, tensor: Tensor, expected: tuple[int, ...], axes: str, 
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
+    check_dense(name, tensor)
     if tensor.device != value.device:
         raise ValueError(f"{name} must be on {value.device} like value, got {tensor.device}")
     if tuple(tensor.shape) != expected:
@@ -48,6 +63,7 @@ def check_mask(value_mask: Tensor, value: Tensor) -> None:
     if not isinstance(value_mask, Tensor) or value_mask.dtype != torch.bool:
         came = value_mask.dtype if isinstance(value_mask, Tensor) else type(value_mask).__name__
         raise TypeError(f"value_mask must be a bool tensor, True where a pixel counts, got {came}")
+    check_dense("value_mask", value_mask)
     if value_mask.device != value.device:
         raise ValueError(f"value_mask must be on {value.device} like value, got {value_mask.device}")
     if tuple(value_mask.shape) != tuple(value.shape[:2]):
@@ -57,11 +73,11 @@ def check_mask(value_mask: Tensor, value: Tensor) -> None:
 def check_options(padding_mode: str, align_corners: bool, method: str = "bilinear") -> None:
     """The three options that say how to sample."""
     if padding_mode not in PADDING_MODES:
-        raise ValueError(f"padding_mode must be one of {PADDING_MODES}, got {padding_mode!r}")
+        raise ValueError(f"padding_mode must be one of {PADDING_MODES}, got {_shown(padding_mode)}")
     if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+        raise ValueError(f"method must be one of {METHODS}, got {_shown(method)}")
     if not isinstance(align_corners, bool):
-        raise TypeError(f"align_corners must be True or False, got {align_corners!r}")
+        raise TypeError(f"align_corners must be True or False, got {_shown(align_corners)}")
     if method == "nearest" and (align_corners or padding_mode != "zeros"):
         raise ValueError(
             "method='nearest' always clamps to the level and takes padding_mode='zeros' and align_corners=False, "
@@ -78,6 +94,7 @@ def check_shapes(spatial_shapes: SpatialShapes, value: Tensor) -> tuple[int, Ten
     if isinstance(spatial_shapes, Tensor):
         if spatial_shapes.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"spatial_shapes must be an int64 or int32 tensor, got {spatial_shapes.dtype}")
+        check_dense("spatial_shapes", spatial_shapes)
         if spatial_shapes.dim() != 2 or spatial_shapes.shape[1] != 2:
             raise ValueError(f"spatial_shapes must be [L, 2] with (h, w) rows, got {list(spatial_shapes.shape)}")
         if spatial_shapes.device.type not in ("cpu", "cuda") and spatial_shapes.device != value.device:
@@ -91,12 +108,12 @@ def check_shapes(spatial_shapes: SpatialShapes, value: Tensor) -> tuple[int, Ten
             sizes += (height, width)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"spatial_shapes must be a tensor [L, 2] or a list of (h, w) pairs, got {spatial_shapes!r}"
+            f"spatial_shapes must be a tensor [L, 2] or a list of (h, w) pairs, got {_shown(spatial_shapes)}"
         ) from error
     if not all(isinstance(size, (int, torch.SymInt)) for size in sizes):
-        raise TypeError(f"spatial_shapes must hold integers, got {spatial_shapes!r}")
+        raise TypeError(f"spatial_shapes must hold integers, got {_shown(spatial_shapes)}")
     if any(isinstance(size, int) and abs(size) > MAX_SIZE for size in sizes):
-        raise ValueError(f"spatial_shapes must hold sizes of at most {MAX_SIZE}, got {spatial_shapes!r}")
+        raise ValueError(f"spatial_shapes must hold sizes of at most {MAX_SIZE}, got {_shown(spatial_shapes)}")
     return len(sizes) // 2, None, sizes
 
 
@@ -107,10 +124,11 @@ def check_num_points(name: str, points: Tensor, num_levels: int, num_points: Seq
     """
     if not isinstance(points, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(points).__name__}")
+    check_dense(name, points)
     if num_points is not None and not (
         isinstance(num_points, (list, tuple)) and all(isinstance(n, (int, torch.SymInt)) for n in num_points)
     ):
-        raise TypeError(f"num_points must be a list with the points of each level, got {num_points!r}")
+        raise TypeError(f"num_points must be a list with the points of each level, got {_shown(num_points)}")
     if points.dim() == 6:
         if points.shape[3] != num_levels:
             raise ValueError(
@@ -167,9 +185,10 @@ def check_level_start(level_start_index: Tensor | Sequence[int] | None, sizes: S
             return
         if level_start_index.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"level_start_index must be an int64 or int32 tensor, got {level_start_index.dtype}")
+        check_dense("level_start_index", level_start_index)
         level_start_index = level_start_index.flatten().tolist()
     if not isinstance(level_start_index, (list, tuple)):
-        raise TypeError(f"level_start_index must be a tensor [L], a list or None, got {level_start_index!r}")
+        raise TypeError(f"level_start_index must be a tensor [L], a list or None, got {_shown(level_start_index)}")
     starts = [0]
     for height, width in zip(sizes[::2], sizes[1::2], strict=True):
         starts.append(starts[-1] + height * width)

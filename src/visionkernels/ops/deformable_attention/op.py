@@ -157,8 +157,10 @@ def fused_ms_deform_attn(
     axes = "[N, Lq, M, L, P" if len(expected) == 5 else "[N, Lq, M, sum(num_points)"
     checks.check_like("sampling_offsets", sampling_offsets, (*expected, 2), f"{axes}, 2]", value)
     checks.check_like("attention_logits", attention_logits, expected, f"{axes}]", value)
-    if isinstance(reference_points, Tensor) and reference_points.dim() == 3:
-        reference_points = reference_points[:, :, None]
+    if isinstance(reference_points, Tensor):
+        checks.check_dense("reference_points", reference_points)
+        if reference_points.dim() == 3:
+            reference_points = reference_points[:, :, None]
     if (
         not isinstance(reference_points, Tensor)
         or reference_points.dim() != 4
