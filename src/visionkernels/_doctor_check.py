@@ -88,27 +88,22 @@ def check(device: torch.device, started: Callable[[str], None]) -> Iterator[Chec
         The checks of each call: forward, backward, and on a GPU with binned sums the deterministic backward.
     """
     for workload in _workloads(device):
-        for name, dtype in DTYPES.items():
-            for operator, call, truth, leaves in _calls(workload, dtype, device):
-                started(f"{device} {operator} {workload.name} {name}")
-                yield from _check(device, operator, name, workload, call, truth, leaves)
+        for name in DTYPES:
+            for call in calls(workload, name, device):
+                started(f"{device} {call.operator} {workload.name} {name}")
+                yield from call.check()
 
 
 def _workloads(device: torch.device) -> tuple[Workload, ...]:
     return (DECODER, ENCODER if device.type == "cuda" else SMALL_ENCODER)
 
 
-Function = Callable[..., Tensor]
-
-
-def _calls(
-    workload: Workload, dtype: torch.dtype, device: torch.device
-) -> Iterator[tuple[str, Function, Function, list[Tensor]]]:
-    """Name, operator, reference and inputs of the plain and the fused attention."""
+def calls(workload: Workload, dtype: str, device: torch.device) -> list[Call]:
+    """A call of the plain and one of the fused attention; the same numbers each time."""
     generator = torch.Generator().manual_seed(0)
     batch, queries, levels = workload.batch, workload.queries, workload.levels
     shape = (batch, queries, 8, len(levels), 4)
-    value = torch.randn(batch, workload.pixels, 8, 32, generator=generator).to(dtype).to(device)
+    value = torch.randn(batch, workload.pixels, 8, 32, generator=generator).to(DTYPES[dtype]).to(device)
     size = torch.tensor([(w, h) for h, w in levels], dtype=torch.float32)[:, None]
     # A gradient by the location jumps on a pixel: every sample stays a quarter of one away, inside or outside.
     pixel = (torch.rand(*shape, 2, generator=generator) * (size + 2)).floor() - 1.25
@@ -117,54 +112,84 @@ def _calls(
     logits = torch.randn(shape, generator=generator).to(device)
     references = torch.rand(batch, queries, 1, 2, generator=generator).to(device)
     weights = logits.flatten(3).softmax(-1).view(shape)
-    plain = [value, locations, weights]
-    yield (
-        "ms_deform_attn", lambda v, p, w: op.ms_deform_attn(v, list(levels), None, p, w),
-        lambda v, p, w: reference_ms_deform_attn(v, levels, p, w), plain,
-    )  # fmt: skip
     offsets = (locations - references[:, :, :, None, None]) * size.to(device)
-    yield (
-        "fused_ms_deform_attn", lambda *t: op.fused_ms_deform_attn(t[0], list(levels), *t[1:]),
-        lambda *t: reference_fused_ms_deform_attn(t[0], levels, *t[1:]), [value, references, offsets, logits],
-    )  # fmt: skip
+    grad_output = torch.randn(batch, queries, 256, generator=generator).to(value)
+    plain, fused = [value, locations, weights], [value, references, offsets, logits]
+    return [
+        Call("ms_deform_attn", workload, dtype, plain, grad_output),
+        Call("fused_ms_deform_attn", workload, dtype, fused, grad_output),
+    ]
 
 
-def _check(
-    device: torch.device, operator: str, name: str, workload: Workload, call: Function, truth: Function,
-    leaves: Sequence[Tensor],
-) -> Iterator[Check]:  # fmt: skip
-    generator = torch.Generator().manual_seed(1)
-    grad_output = torch.randn(workload.batch, workload.queries, 256, generator=generator)
-    grad_output = grad_output.to(leaves[0].dtype).to(device)
-    expected = _truth(truth, leaves, grad_output)
+@dataclass(frozen=True)
+class Call:
+    """One call of one operator.
 
-    def backward() -> Sequence[Tensor]:
-        inputs = [leaf.detach().requires_grad_() for leaf in leaves]
-        return torch.autograd.grad(call(*inputs), inputs, grad_output)
+    Attributes:
+        operator: Its name.
+        workload: Its sizes.
+        dtype: A key of ``DTYPES``, that of value; coordinates and weights are float32.
+        leaves: Its tensors, value first.
+        grad_output: ``[N, Lq, M * D]``, in the value's dtype.
+    """
 
-    def forward() -> Sequence[Tensor]:
+    operator: str
+    workload: Workload
+    dtype: str
+    leaves: Sequence[Tensor]
+    grad_output: Tensor
+
+    def forward(self) -> Sequence[Tensor]:
+        """The output alone, in a tuple."""
         with torch.no_grad():
-            return (call(*leaves),)
+            return (self._attend(*self.leaves),)
 
-    def deterministic() -> Sequence[Tensor]:
+    def backward(self) -> Sequence[Tensor]:
+        """The gradients of all leaves."""
+        leaves = [leaf.detach().requires_grad_() for leaf in self.leaves]
+        return torch.autograd.grad(self._attend(*leaves), leaves, self.grad_output)
+
+    def check(self) -> Iterator[Check]:
+        """Compare forward, backward and, where it is another, the deterministic backward with float64."""
+        device = self.grad_output.device
+        expected = self._truth()
+        parts: list[tuple[str, Callable[[], Sequence[Tensor]], list[Tensor]]]
+        parts = [(FORWARD, self.forward, expected[:1]), (BACKWARD, self.backward, expected[1:])]
+        if _has_bins(device):
+            parts.append((DETERMINISTIC, self._deterministic, expected[1:]))
+        allowed = limit(DTYPES[self.dtype])
+        for direction, run, right in parts:
+            error, failed = None, None
+            try:
+                errors = [largest_error(mine, other) for mine, other in zip(run(), right, strict=True)]
+                error = max(errors) if all(map(math.isfinite, errors)) else math.nan
+            except Exception as problem:  # noqa: BLE001 — whatever an operator raises belongs into the report
+                lines = str(problem).strip().splitlines() or [""]
+                failed = f"{type(problem).__name__}: {lines[0][:300]}"
+            if error is not None and not math.isfinite(error):
+                error, failed = None, "the result holds NaN or infinity where float64 does not"
+            place = (str(device), self.operator, direction, self.dtype, self.workload.name)
+            yield Check(*place, error, allowed, failed)
+
+    def _attend(self, value: Tensor, *others: Tensor) -> Tensor:
+        levels, attend = list(self.workload.levels), getattr(op, self.operator)
+        return attend(value, levels, *([None] if self.operator == "ms_deform_attn" else []), *others)
+
+    def _deterministic(self) -> Sequence[Tensor]:
         with _deterministic():
-            return backward()
+            return self.backward()
 
-    parts = [(FORWARD, forward, expected[:1]), (BACKWARD, backward, expected[1:])]
-    if _has_bins(device):
-        parts.append((DETERMINISTIC, deterministic, expected[1:]))
-    allowed = limit(leaves[0].dtype)
-    for direction, run, right in parts:
-        error, failed = None, None
-        try:
-            errors = [_error(mine, other) for mine, other in zip(run(), right, strict=True)]
-            error = max(errors) if all(map(math.isfinite, errors)) else math.nan
-        except Exception as problem:  # noqa: BLE001 — whatever an operator raises belongs into the report
-            lines = str(problem).strip().splitlines() or [""]
-            failed = f"{type(problem).__name__}: {lines[0][:300]}"
-        if error is not None and not math.isfinite(error):
-            error, failed = None, "the result holds NaN or infinity where float64 does not"
-        yield Check(str(device), operator, direction, name, workload.name, error, allowed, failed)
+    def _truth(self) -> list[Tensor]:
+        """The float64 output and gradients, an image at a time: the reference keeps every corner."""
+        plain = self.operator == "ms_deform_attn"
+        reference: Callable[..., Tensor] = reference_ms_deform_attn if plain else reference_fused_ms_deform_attn
+        images = []
+        for image in range(self.workload.batch):
+            part = slice(image, image + 1)
+            value, *others = leaves = [leaf[part].detach().double().requires_grad_() for leaf in self.leaves]
+            output = reference(value, self.workload.levels, *others)
+            images.append([output.detach(), *torch.autograd.grad(output, leaves, self.grad_output[part].double())])
+        return [torch.cat(results) for results in zip(*images, strict=True)]
 
 
 def _has_bins(device: torch.device) -> bool:
@@ -186,19 +211,9 @@ def _deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(before, warn_only=warns)
 
 
-def _truth(truth: Function, leaves: Sequence[Tensor], grad_output: Tensor) -> list[Tensor]:
-    """The float64 output and gradients, an image at a time: the reference keeps every corner."""
-    images = []
-    for image in range(len(grad_output)):
-        part = slice(image, image + 1)
-        inputs = [leaf[part].detach().double().requires_grad_() for leaf in leaves]
-        output = truth(*inputs)
-        images.append([output.detach(), *torch.autograd.grad(output, inputs, grad_output[part].double())])
-    return [torch.cat(results) for results in zip(*images, strict=True)]
-
-
-def _error(found: Tensor, expected: Tensor) -> float:
-    """The largest error relative to the largest right number; NaN where the result holds one."""
+def largest_error(found: Tensor, expected: Tensor) -> float:
+    """The largest error relative to the largest right number; NaN where a result is."""
     if found.shape != expected.shape:
         raise AssertionError(f"the result is {list(found.shape)}, expected {list(expected.shape)}")
-    return ((found.double() - expected).abs().max() / expected.abs().max()).item()
+    error, largest = (found.double() - expected).abs().max().item(), expected.abs().max().item()
+    return error / largest if largest else error

@@ -209,10 +209,11 @@ def tensor_argument(*shape, free=()):
     """
     right = ZEROS(shape)
     dtypes = [torch.int64, torch.bool, torch.complex64, torch.uint8, torch.float8_e4m3fn]
+    longer = [[n + (axis == other) for axis, n in enumerate(shape)] for other in range(len(shape)) if other not in free]
     return [
         *NO_TENSORS, (T, right.to_sparse()), (T, NESTED), *((T, right.to(dtype)) for dtype in dtypes),
         (V, ZEROS(())), (V, ZEROS(0)), (V, right[..., None]), (V, right[0]), (V, right.to("meta")),
-        *((V, ZEROS([n + (axis == longer) for axis, n in enumerate(shape)])) for longer in range(len(shape)) if longer not in free),
+        *((V, ZEROS(sizes)) for sizes in longer),
     ]  # fmt: skip
 
 
