@@ -120,7 +120,12 @@ def test_streams_of_one_thread():
 
 
 def compute(queue, numbers, device):
-    """What a process does: results as lists, which need no shared memory that ends with it."""
+    """What a process does: results as lists, which need no shared memory that ends with it.
+
+    A forked process has one thread, as those of PyTorch's DataLoader: with more, PyTorch's own operators wait forever
+    for threads that the fork did not take along.
+    """
+    torch.set_num_threads(1)
     results = [make_call(number, device)() for number in numbers]
     queue.put([[tensor.double().cpu().tolist() for tensor in result] for result in results])
 
@@ -132,21 +137,18 @@ def results_of(method, numbers, device):
     child = context.Process(target=compute, args=(queue, numbers, device))
     child.start()
     try:
-        return queue.get(timeout=240)
+        return queue.get(timeout=90)
     finally:
         child.join(10)
         child.kill()
 
 
-def assert_same_lists(found, expected, tolerance):
+def assert_close_lists(found, expected):
+    """The child has another number of threads, so that last bits may differ."""
     for results, right in zip(found, expected, strict=True):
         for one, other in zip(results, right, strict=True):
-            torch.testing.assert_close(
-                torch.tensor(one, dtype=torch.float64).view(other.shape),
-                other.double().cpu(),
-                rtol=tolerance,
-                atol=tolerance,
-            )
+            error = torch.tensor(one, dtype=torch.float64).view(other.shape) - other.double().cpu()
+            assert error.norm() <= max(1e-5, torch.finfo(other.dtype).eps) * other.double().norm()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -155,7 +157,7 @@ def test_a_forked_process_after_the_parent_has_called():
     """Forward and backward, in a child whose parent has threads that the fork does not take along."""
     numbers = range(4)
     expected = [make_call(number, "cpu")() for number in numbers]
-    assert_same_lists(results_of("fork", numbers, "cpu"), expected, 0)
+    assert_close_lists(results_of("fork", numbers, "cpu"), expected)
     again = [make_call(number, "cpu")() for number in numbers]  # the parent goes on
     for one, other in zip(again, expected, strict=True):
         assert_same(one, other)
@@ -165,8 +167,7 @@ def test_a_forked_process_after_the_parent_has_called():
 def test_a_spawned_process(device):
     numbers = range(4)
     expected = [make_call(number, device)() for number in numbers]
-    tolerance = 0 if device.type == "cpu" else 1e-2
-    assert_same_lists(results_of("spawn", numbers, str(device)), expected, tolerance)
+    assert_close_lists(results_of("spawn", numbers, str(device)), expected)
 
 
 class Model(nn.Module):
