@@ -60,13 +60,16 @@ def calls(draw, fused):
     levels = draw(st.integers(1, 3))
     nearest = not fused and draw(st.booleans())
     dtype = draw(st.sampled_from(DTYPES))
+    # A size of 0 leaves nothing to compare: it is drawn, but seldom.
+    sizes = st.sampled_from([1, 2, 3, 4, 5, 6, 2, 3, 4, 5, 0])
+    points = st.sampled_from([1, 2, 3, 2, 1, 3, 2, 0])
     case = Case(
-        shapes=tuple(draw(st.tuples(st.integers(0, 5), st.integers(0, 5))) for _ in range(levels)),
-        batch=draw(st.integers(0, 3)),
-        queries=draw(st.integers(0, 5)),
+        shapes=tuple(draw(st.tuples(sizes, sizes)) for _ in range(levels)),
+        batch=draw(st.sampled_from([1, 2, 3, 1, 2, 3, 2, 1, 3, 0])),
+        queries=draw(st.sampled_from([1, 2, 3, 4, 5, 7, 3, 5, 2, 0])),
         heads=draw(st.integers(1, 3)),
         head_dim=draw(st.sampled_from([1, 2, 3, 4, 5, 8, 16, 32])),
-        num_points=draw(st.one_of(st.integers(0, 3), st.tuples(*[st.integers(0, 3)] * levels))),
+        num_points=draw(st.one_of(points, st.tuples(*[points] * levels))),
         padding_mode="zeros" if nearest else draw(st.sampled_from(["zeros", "border"])),
         align_corners=False if nearest else draw(st.booleans()),
         method="nearest" if nearest else "bilinear",
@@ -81,7 +84,7 @@ def calls(draw, fused):
     where = st.integers(0, 2**20)
     place = st.tuples(st.sampled_from(PLACES if fused else FAR), where)
     number = st.tuples(st.sampled_from([*NUMBERS[dtype], NAN, INF, -INF]), where)
-    lists = {name: st.lists(place if name in ("points", "references") else number, max_size=2) for name in names}
+    lists = {name: st.lists(place if name in ("points", "references") else number, max_size=3) for name in names}
     layouts = {name: draw(st.sampled_from(LAYOUTS)) for name in names}
     return Call(case, fused, layouts, {name: draw(odd) for name, odd in lists.items()})
 
@@ -113,23 +116,23 @@ def laid_out(tensor, layout):
     return found, storage
 
 
-def expand_axis(tensor, where):
-    """One axis, of several numbers, with the stride 0; None if there is none."""
-    axes = [axis for axis, size in enumerate(tensor.shape) if size > 1]
-    return axes[where % len(axes)] if axes else None
+def expand_axis(name, tensor):
+    """An axis, of several numbers, that is to have the stride 0; None if there is none.
+
+    Not that of the pixels: where all are alike, gradients of locations are nothing but what rounding leaves.
+    """
+    axes = [axis for axis, size in enumerate(tensor.shape) if size > 1 and (name, axis) != ("value", 1)]
+    return axes[sum(tensor.shape) % len(axes)] if axes else None
 
 
 def arrange(tensors, layouts):
     """The tensors where the layouts want them, and the memory that they lie in."""
     found, memory = {}, []
-    for number, (name, tensor) in enumerate(tensors.items()):
-        tensor = tensor.detach()
-        axis = expand_axis(tensor, number) if layouts[name] == "expanded" else None
+    for name, tensor in tensors.items():
+        axis = expand_axis(name, tensor) if layouts[name] == "expanded" else None
         if axis is not None:
-            tensor = tensor.narrow(axis, 0, 1).clone()
-            memory.append(tensor)
-            size = list(tensors[name].shape)
-            found[name] = tensor.expand(size)
+            memory.append(tensor.narrow(axis, 0, 1).clone())
+            found[name] = memory[-1].expand(tensor.shape)
         else:
             found[name], storage = laid_out(tensor, layouts[name])
             memory.append(storage)
@@ -174,7 +177,7 @@ def run(attention, call, device):
     own = gradients(eager(call, mask), leaves, grad_output)
     kernels = INTERPRETING or device.type == "cuda"
     if kernels and call.fused:
-        spoil(own, leaves[3], case)
+        spoil(own, leaves[3], grad_output, case)
     for name, like, *results in zip(("output", *tensors), (grad_output, *leaves), got, exact, own, strict=False):
         inherited = 0.0
         if name == "logits":
@@ -202,11 +205,16 @@ def eager(call, mask):
     return lambda *t: eager_ms_deform_attn(*t, call.case)
 
 
-def spoil(own, logits, case):
-    """Where the softmax is NaN the kernels are, even if no sample of that query and head counts."""
+def spoil(own, logits, grad_output, case):
+    """Where the kernels may be NaN even if no sample of a query and head counts.
+
+    Where the softmax is, and in the gradient of logits where grad_output is not finite: its product with the output,
+    which is 0, is taken from all samples at once.
+    """
     nan = logits.flatten(3).softmax(-1).isnan().any(-1)  # [N, Lq, M]
     output, _, references, points, weights = own
     output.view(*nan.shape, case.head_dim)[nan] = points[nan] = weights[nan] = references[nan.any(2)] = NAN
+    weights[~grad_output.view(*nan.shape, case.head_dim).isfinite().all(-1)] = NAN
 
 
 def compare(name, like, got, truth, own, inherited, kernels):
@@ -238,7 +246,7 @@ def draw(test, fused, examples):
 @pytest.fixture
 def examples(backend):
     """How many calls to draw: the interpreter takes half a second for each."""
-    return 30 if INTERPRETING else 200
+    return 12 if INTERPRETING else 150
 
 
 def test_plain(backend, examples):
@@ -253,4 +261,4 @@ def test_fused(backend, examples):
 def test_without_numba(monkeypatch, fused):
     monkeypatch.setattr(cpu, "_compiled", lambda: None)
     attention = vk.fused_ms_deform_attn if fused else vk.ms_deform_attn
-    draw(lambda call: run(attention, call, torch.device("cpu")), fused, 100)
+    draw(lambda call: run(attention, call, torch.device("cpu")), fused, 80)
