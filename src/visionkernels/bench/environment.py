@@ -58,11 +58,13 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """From git, or from VISIONKERNELS_COMMIT where the files travelled without it."""
+    """From VISIONKERNELS_COMMIT, where the files travelled without their history, or from git."""
+    if told := os.environ.get("VISIONKERNELS_COMMIT"):
+        return told
     here = Path(__file__)
     git = ("git", "-C", str(here.parent))
     if _output(*git, "ls-files", here.name) is None:  # not from a checkout, or from somebody else's
-        return os.environ.get("VISIONKERNELS_COMMIT") or None
+        return None
     commit = _output(*git, "rev-parse", "HEAD")
     changed = _output(*git, "status", "--porcelain", "--untracked-files=no", "--", str(here.parents[1]))
     return commit if commit is None or changed is None else commit + "+"
