@@ -281,6 +281,78 @@ def _pp_doclayout_v3() -> Built:
     )
 
 
+def _rt_detr_v2(method: str = "default") -> Built:
+    config = _class("rt_detr_v2", "RTDetrV2Config")(
+        backbone_config=_resnet("RTDetrResNetConfig"), **_RT_DETR_OPTIONS, decoder_method=method
+    )
+    return _class("rt_detr_v2", "RTDetrV2ForObjectDetection")(config), {}
+
+
+def _d_fine(name: str, prefix: str, **options: object) -> Built:
+    config = _class(name, f"{prefix}Config")(
+        backbone_config=_hgnet(*_STAGES),
+        **(_RT_DETR_OPTIONS | {"num_feature_levels": 3, "max_num_bins": 8, "lqe_hidden_dim": 8} | options),
+    )
+    return _class(name, f"{prefix}ForObjectDetection")(config), {}
+
+
+_POINTS_PER_LEVEL = [3, 6, 3]
+
+
+def _swin() -> object:
+    import transformers
+
+    return transformers.SwinConfig(
+        image_size=32,
+        patch_size=4,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 2, 2],
+        window_size=4,
+        drop_path_rate=0.0,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+
+
+_MASK_OPTIONS = {
+    "hidden_dim": 32,
+    "encoder_feedforward_dim": 16,
+    "dim_feedforward": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "num_attention_heads": 4,
+    "num_queries": 7,
+    "dropout": 0.0,
+}
+
+
+def _mask2former() -> Built:
+    config = _class("mask2former", "Mask2FormerConfig")(
+        backbone_config=_swin(), **_MASK_OPTIONS, feature_size=32, mask_feature_size=16, num_labels=5
+    )
+    return _class("mask2former", "Mask2FormerForUniversalSegmentation")(config), {}
+
+
+def _oneformer() -> Built:
+    config = _class("oneformer", "OneFormerConfig")(
+        backbone_config=_swin(),
+        **_MASK_OPTIONS,
+        conv_dim=32,
+        mask_dim=16,
+        query_dec_layers=1,
+        task_seq_len=4,
+        text_encoder_width=16,
+        text_encoder_context_length=4,
+        text_encoder_num_layers=1,
+        text_encoder_vocab_size=20,
+        text_encoder_n_ctx=2,
+        num_labels=5,
+    )
+    return _class("oneformer", "OneFormerForUniversalSegmentation")(config), {
+        "task_inputs": torch.tensor([[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]]),
+    }
+
+
 _BUILDERS: dict[str, Callable[[], Built]] = {
     "deformable_detr": _deformable_detr,
     "deformable_detr_two_stage": lambda: _deformable_detr(two_stage=True, with_box_refine=True),
@@ -293,5 +365,16 @@ _BUILDERS: dict[str, Callable[[], Built]] = {
     "pp_doclayout_v4": lambda: _pp_doclayout(4, _STAGES, hidden_size=16, global_pointer_head_size=8),
     "rf_detr": _rf_detr,
     "rt_detr": _rt_detr,
+    "rt_detr_v2": _rt_detr_v2,
+    "rt_detr_v2_discrete": lambda: _rt_detr_v2("discrete"),
+    "d_fine": lambda: _d_fine("d_fine", "DFine"),
+    "d_fine_points": lambda: _d_fine("d_fine", "DFine", decoder_n_points=_POINTS_PER_LEVEL),
+    "d_fine_discrete": lambda: _d_fine("d_fine", "DFine", decoder_method="discrete"),
+    "deimv2": lambda: _d_fine("deimv2", "Deimv2"),
+    "deimv2_points": lambda: _d_fine(
+        "deimv2", "Deimv2", decoder_n_points=_POINTS_PER_LEVEL, decoder_method="discrete"
+    ),
+    "mask2former": _mask2former,
+    "oneformer": _oneformer,
 }
 NAMES = tuple(_BUILDERS)

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from visionkernels.integrations import transformers as _transformers
-from visionkernels.integrations._patch import PatchReport, apply_patches, check_is_module, revert_patches
+from visionkernels.integrations._patch import apply_patches, check_is_module, revert_patches
+from visionkernels.integrations._report import PatchReport
 
 __all__ = ["PatchReport", "patch", "patched", "unpatch"]
 
@@ -16,16 +17,20 @@ _TABLE = (*_transformers.INTEGRATIONS,)  # the tables of further upstream projec
 def patch(model: nn.Module) -> PatchReport:
     """Replace every multi-scale deformable attention of a Hugging Face model by this package's operator.
 
-    Works on the instance: other models, and the classes of transformers, stay as they are. So do
+    Works on the instance: other models, and the classes and functions of transformers, stay as they are. So do
     parameters, buffers and the state dict, and `save_pretrained` writes the same checkpoint. A copy of a
     patched model is patched as well. A second call replaces nothing and reports the modules as patched
     before. A user's subclass counts like the class it derives from, unless it overrides `forward`: then it
     is left alone, and the report says so.
 
+    What is exchanged is the operator alone, and upstream's own code runs around it. It is a module without
+    parameters in Deformable DETR, Grounding DINO, MM Grounding DINO, LW-DETR, OmDet-Turbo, PP-DocLayoutV2 to V4,
+    RF-DETR and RT-DETR; a function that the attention holds in D-FINE and DEIMv2; a function that its `forward`
+    looks up in RT-DETRv2, Mask2Former and OneFormer. In these three the attention becomes an instance of a
+    subclass of its class, of the same name, so `isinstance` still holds.
+
     Args:
-        model: a transformers model, or anything that holds one: a wrapper, or a part of it. Supported are
-            Deformable DETR, Grounding DINO, MM Grounding DINO, LW-DETR, RF-DETR, OmDet-Turbo, RT-DETR and
-            PP-DocLayoutV2 to V4.
+        model: a transformers model, or anything that holds one: a wrapper, or a part of it.
 
     Returns:
         What was replaced.
@@ -51,7 +56,7 @@ def patch(model: nn.Module) -> PatchReport:
 
 
 def unpatch(model: nn.Module) -> None:
-    """Take back what `patch` replaced; each module's `__dict__` is what it was before.
+    """Take back what `patch` replaced; each module's class and `__dict__` are what they were before.
 
     Args:
         model: the patched model, a copy of it, or a part of it.
@@ -59,7 +64,7 @@ def unpatch(model: nn.Module) -> None:
     Raises:
         TypeError: `model` is no `torch.nn.Module`.
         ValueError: nothing in it is patched.
-        RuntimeError: somebody else has replaced a patched method since; nothing is taken back then.
+        RuntimeError: somebody else has replaced what was patched since; nothing is taken back then.
 
     Example:
         >>> import torch, visionkernels as vk

@@ -1,46 +1,52 @@
-"""Replace one method of module instances by an operator of this package, and take it back exactly.
+"""Put an operator of this package in the place of upstream's on module instances, and take it back exactly.
 
-What is replaced is data: an `Integration` is one row, naming an upstream class and the adapter that stands
-in for one of its methods. Nothing here knows an upstream project, and none is imported: classes are
-recognised by the module and the name they were defined under.
+What is replaced is data: an `Integration` is one row, naming an upstream class, where its instances get the
+operator from, and the adapter that stands in for it there. Nothing here knows an upstream project, and none is
+imported: classes are recognised by the module and the name they were defined under.
 
-A patched module carries two entries in its instance `__dict__` and nothing else: the adapter, under the
-name of the method that it hides, and the `Patch` that takes it back. Both are ordinary attributes, so
-`copy.deepcopy`, `pickle` and `torch.nn.DataParallel` carry the patch over to the copy, and a copy is
-reverted on its own.
+A patched module carries a patch in its instance `__dict__` that takes it back, and either the adapter, under the
+name that it hides, or another class. All are ordinary parts of an object, so `copy.deepcopy`, `pickle` and
+`torch.nn.DataParallel` carry the patch over to the copy, and a copy is reverted on its own.
 """
 
 import inspect
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
-_MARK = "_visionkernels_patch"  # where a patched module keeps its Patch
+from visionkernels.integrations._rebind import is_rebound, rebound_class
+from visionkernels.integrations._report import PatchReport, Replaced
+
+_MARK = "_visionkernels_patch"  # where a patched module keeps its patch
+
+
+Place = Literal["method", "attribute", "global"]
 
 
 @dataclass(frozen=True)
 class Integration:
-    """One upstream class and what replaces one of its methods.
+    """One upstream class, and what its instances call in place of upstream's operator.
 
     Args:
         title: the upstream model's name, for people.
         module: the module that defines the class.
-        class_name: the class. Subclasses that do not override `method` count as well.
-        method: the method that the adapter replaces.
-        parameters: the upstream method's parameter names, `self` first, that the adapter was written for;
-            another signature is refused.
-        adapter: a module-level function taking those parameters without `self`.
+        class_name: the class. Subclasses that do not override `forward` count as well.
+        place: where an instance gets the operator from: "method", its own `forward` without `self`; "attribute",
+            a function that its `__init__` stored; "global", a function of the module, which `forward` looks up.
+        name: the name of that method, attribute or function.
+        adapter: a module-level function with the same parameter names, `self` left out; where upstream's are
+            others, nothing is replaced.
         versions: the upstream versions it is tested with.
     """
 
     title: str
     module: str
     class_name: str
-    method: str
-    parameters: tuple[str, ...]
+    place: Place
+    name: str
     adapter: Callable[..., Any]
     versions: str
 
@@ -51,13 +57,24 @@ class Integration:
                 return cls
         return None
 
+    def find_operator(self, module: nn.Module) -> Callable[..., Any] | None:
+        """Return what the adapter stands in for on this module, or None where upstream has no such thing."""
+        if self.place == "global":
+            scope = getattr(type(module).forward, "__globals__", {})
+            return scope.get(self.name)
+        return getattr(type(module) if self.place == "method" else module, self.name, None)
+
+    def describe(self) -> str:
+        """Return what is replaced, as upstream calls it."""
+        return f"{self.class_name}.forward: {self.name}" if self.place == "global" else f"{self.class_name}.{self.name}"
+
 
 @dataclass
-class Patch:
+class AttributePatch:
     """An attribute set on one module instance, and what it hid.
 
     Args:
-        attribute: name of the attribute, here a method's.
+        attribute: name of the attribute.
         replacement: the new value. A plain function: it is called without the module, so that copies and
             replicas of the module need no rebinding.
         hidden: the instance's own value before, under `attribute`; empty when there was none.
@@ -88,48 +105,37 @@ class Patch:
         return module.__dict__.get(self.attribute) is self.replacement
 
 
-@dataclass(frozen=True)
-class Replaced:
-    """One module that was replaced.
+@dataclass
+class ClassPatch:
+    """A module instance moved to a class whose `forward` calls something else, and its class before.
 
     Args:
-        name: the module's qualified name in the model; empty for the model itself.
-        class_name: the module's class, with the module that defines it.
-        method: the replaced method.
+        name: the function that `forward` looked up.
+        replacement: what it calls instead.
+        original: the instance's class before.
     """
 
     name: str
-    class_name: str
-    method: str
+    replacement: Callable[..., Any]
+    original: type
+    attribute: str = "forward"
+
+    def apply(self, module: nn.Module) -> None:
+        """Move `module` to the other class."""
+        module.__class__ = rebound_class(self.original, self.name, self.replacement)
+        module.__dict__[_MARK] = self
+
+    def revert(self, module: nn.Module) -> None:
+        """Move `module` back."""
+        module.__class__ = self.original
+        del module.__dict__[_MARK]
+
+    def is_intact(self, module: nn.Module) -> bool:
+        """Whether nobody has replaced the class or its `forward` since."""
+        return is_rebound(module)
 
 
-@dataclass(frozen=True)
-class PatchReport:
-    """What a call of `patch` did; `len()` counts the modules that it replaced, `str()` is a short table.
-
-    Args:
-        model: name of the model's class.
-        replaced: the modules replaced by this call.
-        already: qualified names of the modules that an earlier call had replaced.
-        skipped: qualified names of the modules left alone, because their class overrides the method that
-            would be replaced.
-    """
-
-    model: str
-    replaced: tuple[Replaced, ...]
-    already: tuple[str, ...] = ()
-    skipped: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.replaced)
-
-    def __str__(self) -> str:
-        head = f"{self.model}: {len(self)} module{'' if len(self) == 1 else 's'} replaced"
-        head += f", {len(self.already)} patched before" if self.already else ""
-        rows = [(one.name, f"{one.class_name.rpartition('.')[2]}.{one.method}") for one in self.replaced]
-        rows += [(name, "left alone: its class overrides the method") for name in self.skipped]
-        width = max((len(name or "(model)") for name, _ in rows), default=0)
-        return "\n".join([head, *(f"  {name or '(model)':<{width}}  {what}" for name, what in rows)])
+Patch = AttributePatch | ClassPatch
 
 
 def find_patch(module: nn.Module) -> Patch | None:
@@ -139,7 +145,7 @@ def find_patch(module: nn.Module) -> Patch | None:
 
 
 def apply_patches(model: nn.Module, table: Iterable[Integration]) -> tuple[PatchReport, list[nn.Module]]:
-    """Replace the method of every module of `model` that a row of `table` names.
+    """Replace the operator of every module of `model` that a row of `table` names.
 
     Everything is checked before anything is replaced, so that an error leaves the model as it was.
 
@@ -153,11 +159,11 @@ def apply_patches(model: nn.Module, table: Iterable[Integration]) -> tuple[Patch
     Raises:
         TypeError: `model` is no module.
         ValueError: nothing in it is in the table.
-        RuntimeError: an upstream method's parameters are not those that the adapter was written for.
+        RuntimeError: upstream calls the operator in another way than the row says.
     """
     check_is_module(model)
     rows = tuple(table)
-    found: list[tuple[nn.Module, Integration]] = []
+    found: list[tuple[nn.Module, Patch]] = []
     replaced, already, skipped = [], [], []
     for name, module in model.named_modules():
         row, cls = next(((row, cls) for row in rows if (cls := row.find_class(module))), (None, None))
@@ -165,17 +171,18 @@ def apply_patches(model: nn.Module, table: Iterable[Integration]) -> tuple[Patch
             continue
         if find_patch(module) is not None:
             already.append(name)
-        elif getattr(type(module), row.method) is not getattr(cls, row.method):
+        elif _overrides_forward(module, cls, row):
             skipped.append(name)
         else:
-            _check_signature(cls, row)
-            found.append((module, row))
-            kind = type(module)
-            replaced.append(Replaced(name, f"{kind.__module__}.{kind.__qualname__}", row.method))
+            found.append((module, _make_patch(module, row)))
+            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            replaced.append(
+                Replaced(name, kind, "forward", row.name) if row.place == "global" else Replaced(name, kind, row.name)
+            )
     if not found and not already:
         raise ValueError(_nothing_found(model, rows, skipped))
-    for module, row in found:
-        Patch(row.method, row.adapter).apply(module)
+    for module, patch in found:
+        patch.apply(module)
     report = PatchReport(type(model).__name__, tuple(replaced), tuple(already), tuple(skipped))
     return report, [module for module, _ in found]
 
@@ -207,21 +214,43 @@ def check_is_module(model: object) -> None:
         raise TypeError(f"model: expected a torch.nn.Module instance, got {got}; pass the model itself")
 
 
-def _check_signature(cls: type, row: Integration) -> None:
-    parameters = tuple(inspect.signature(getattr(cls, row.method)).parameters)
-    if parameters != row.parameters:
-        root = row.module.partition(".")[0]
-        version = getattr(sys.modules.get(root), "__version__", "(unknown version)")
-        raise RuntimeError(
-            f"model: {row.module}.{row.class_name}.{row.method} of {root} {version} takes "
-            f"({', '.join(parameters)}), but its adapter was written for ({', '.join(row.parameters)}); "
-            f"use {root} {row.versions}"
-        )
+def _overrides_forward(module: nn.Module, cls: type, row: Integration) -> bool:
+    if type(module).forward is not cls.forward:  # type: ignore[attr-defined]
+        return True
+    # A whole `forward` of an instance's own does more than call the operator: it is kept.
+    return row.place == "global" and "forward" in module.__dict__
+
+
+def _make_patch(module: nn.Module, row: Integration) -> Patch:
+    """Check that upstream is what the row says, and return the patch for this module."""
+    operator = row.find_operator(module)
+    if operator is None:
+        raise RuntimeError(_not_as_written(row, f"has no {row.name}"))
+    parameters = tuple(inspect.signature(operator).parameters)
+    expected = tuple(inspect.signature(row.adapter).parameters)
+    if row.place == "method":
+        expected = ("self", *expected)
+    if parameters != expected:
+        written_for = f"but its adapter was written for ({', '.join(expected)})"
+        raise RuntimeError(_not_as_written(row, f"takes ({', '.join(parameters)}), {written_for}"))
+    if row.place != "global":
+        return AttributePatch(row.name, row.adapter)
+    try:
+        rebound_class(type(module), row.name, row.adapter)
+    except RuntimeError as error:
+        raise RuntimeError(_not_as_written(row, f"cannot be exchanged in forward: {error}")) from error
+    return ClassPatch(row.name, row.adapter, type(module))
+
+
+def _not_as_written(row: Integration, what: str) -> str:
+    root = row.module.partition(".")[0]
+    version = getattr(sys.modules.get(root), "__version__", "(unknown version)")
+    return f"model: {row.module}.{row.describe()} of {root} {version} {what}; use {root} {row.versions}"
 
 
 def _nothing_found(model: nn.Module, rows: tuple[Integration, ...], skipped: list[str]) -> str:
     if skipped:
-        cause = f"the class of {', '.join(repr(name) for name in skipped)} overrides the method to be replaced"
+        cause = f"the forward of {', '.join(repr(name) for name in skipped)} is overridden"
     else:
         cause = "it holds no module of a supported class"
     titles = ", ".join(dict.fromkeys(row.title for row in rows))
