@@ -1,15 +1,63 @@
 """What a detector computes, outputs and every gradient, and how far two of them are apart."""
 
 import functools
+import importlib.util
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 
+import pytest
 import torch
 from integrations import tiny_detectors
 from torch import nn
 
+import visionkernels.integrations.transformers as table
+from visionkernels.integrations.transformers import INTEGRATIONS
+
+
+def parameters_of(names):
+    """Return test parameters for models, skipped where the installed transformers does not have one."""
+    return [
+        pytest.param(
+            name,
+            marks=pytest.mark.skipif(
+                importlib.util.find_spec(f"transformers.models.{tiny_detectors.model_type(name)}") is None,
+                reason="not in this version of transformers",
+            ),
+        )
+        for name in names
+    ]
+
+
+CLASSES = {row.class_name for row in INTEGRATIONS}
+
 
 def attention_of(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if type(module).__name__ == "MultiScaleDeformableAttention"]
+    return [module for module in model.modules() if type(module).__name__ in CLASSES]
+
+
+def record_calls(monkeypatch) -> list[SimpleNamespace]:
+    """Return a list that collects the arguments and the result of every call of the operator by an adapter."""
+    recorded = []
+    operator = table.ms_deform_attn
+
+    def record(value, shapes, start, locations, weights, *, num_points=None, method="bilinear"):
+        out = operator(value, shapes, start, locations, weights, num_points=num_points, method=method)
+        recorded.append(
+            SimpleNamespace(
+                value=value,
+                shapes=shapes,
+                start=start,
+                locations=locations,
+                weights=weights,
+                num_points=num_points,
+                method=method,
+                out=out,
+            )
+        )
+        return out
+
+    monkeypatch.setattr(table, "ms_deform_attn", record)
+    return recorded
 
 
 def tensors_of(output: object) -> Iterator[torch.Tensor]:

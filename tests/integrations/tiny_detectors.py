@@ -29,6 +29,18 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> Built:
     return model, inputs
 
 
+def model_type(name: str) -> str:
+    """Return transformers' name of the model that `build(name)` makes."""
+    for variant in ("_two_stage", "_discrete", "_points"):
+        name = name.removesuffix(variant)
+    return name
+
+
+def is_discrete(name: str) -> bool:
+    """Whether the model that `build(name)` makes samples the nearest pixel, without a gradient to the locations."""
+    return name.endswith("_discrete")
+
+
 def redraw_weights(model: nn.Module) -> None:
     """Draw weights with standard deviation 1/sqrt(fan in), gains around 1, biases around 0."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -338,7 +350,7 @@ def _oneformer() -> Built:
         backbone_config=_swin(),
         **_MASK_OPTIONS,
         conv_dim=32,
-        mask_dim=16,
+        mask_dim=32,
         query_dec_layers=1,
         task_seq_len=4,
         text_encoder_width=16,
@@ -371,7 +383,7 @@ _BUILDERS: dict[str, Callable[[], Built]] = {
     "d_fine_points": lambda: _d_fine("d_fine", "DFine", decoder_n_points=_POINTS_PER_LEVEL),
     "d_fine_discrete": lambda: _d_fine("d_fine", "DFine", decoder_method="discrete"),
     "deimv2": lambda: _d_fine("deimv2", "Deimv2"),
-    "deimv2_points": lambda: _d_fine(
+    "deimv2_points_discrete": lambda: _d_fine(
         "deimv2", "Deimv2", decoder_n_points=_POINTS_PER_LEVEL, decoder_method="discrete"
     ),
     "mask2former": _mask2former,
