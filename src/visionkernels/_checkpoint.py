@@ -34,7 +34,7 @@ def load_checkpoint(model: str | Path) -> tuple[Any, Any]:
     from transformers import AutoModelForObjectDetection
     from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING
 
-    config = _read_config(model)
+    config = read_config(model)
     if type(config) not in MODEL_FOR_OBJECT_DETECTION_MAPPING:
         raise UserError(
             f"model: {model} holds a {config.model_type} model, which is no object detector for images alone"
@@ -49,7 +49,7 @@ def load_checkpoint(model: str | Path) -> tuple[Any, Any]:
             ignore_mismatched_sizes=True,  # reported just below, and not ignored
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise UserError(f"model: {model} cannot be loaded: {_one_line(error)}") from error
+        raise UserError(f"model: {model} cannot be loaded: {one_line(error)}") from error
     if info["mismatched_keys"]:
         name = min(key[0] for key in info["mismatched_keys"])
         raise UserError(f"model: the weights in {model} do not fit its config.json, such as {name}")
@@ -78,7 +78,15 @@ def _load_processor(model: str | Path) -> Any:
     return cls.from_pretrained(model)
 
 
-def _read_config(model: str | Path) -> Any:
+def read_config(model: str | Path) -> Any:
+    """Read the configuration of a checkpoint.
+
+    Args:
+        model: A directory or hub id.
+
+    Raises:
+        UserError: If there is none, or transformers does not know it.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -94,8 +102,9 @@ def _read_config(model: str | Path) -> Any:
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         kind = "is no checkpoint" if path.is_dir() else "is neither a directory nor a model that the hub gave out"
-        raise UserError(f"model: {model} {kind}: {_one_line(error)}") from error
+        raise UserError(f"model: {model} {kind}: {one_line(error)}") from error
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Return the error's message without line breaks, at most 300 characters of it."""
     return " ".join(str(error).split())[:300] or type(error).__name__

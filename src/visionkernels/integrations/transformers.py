@@ -84,7 +84,9 @@ def multi_scale_deformable_attention_v2(
         raise ValueError(
             f"method must be one of {tuple(_METHODS)}, got {method!r}; correct decoder_method in the config"
         )
-    if method == "discrete":  # upstream's rounding leaves parameters behind the locations without a gradient, not with 0
+    if (
+        method == "discrete"
+    ):  # upstream's rounding leaves parameters behind the locations without a gradient, not with 0
         sampling_locations = sampling_locations.detach()
     return ms_deform_attn(
         value, value_spatial_shapes, None, sampling_locations, attention_weights,
