@@ -3,7 +3,7 @@
 import functools
 import importlib.util
 from collections.abc import Iterator, Mapping
-from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -35,25 +35,25 @@ def attention_of(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in CLASSES]
 
 
-def record_calls(monkeypatch) -> list[SimpleNamespace]:
+class Call(NamedTuple):
+    value: torch.Tensor
+    shapes: Any
+    start: torch.Tensor | None
+    locations: torch.Tensor
+    weights: torch.Tensor
+    num_points: list[int] | None
+    method: str
+    out: torch.Tensor
+
+
+def record_calls(monkeypatch) -> list[Call]:
     """Return a list that collects the arguments and the result of every call of the operator by an adapter."""
     recorded = []
     operator = table.ms_deform_attn
 
     def record(value, shapes, start, locations, weights, *, num_points=None, method="bilinear"):
         out = operator(value, shapes, start, locations, weights, num_points=num_points, method=method)
-        recorded.append(
-            SimpleNamespace(
-                value=value,
-                shapes=shapes,
-                start=start,
-                locations=locations,
-                weights=weights,
-                num_points=num_points,
-                method=method,
-                out=out,
-            )
-        )
+        recorded.append(Call(value, shapes, start, locations, weights, num_points, method, out))
         return out
 
     monkeypatch.setattr(table, "ms_deform_attn", record)

@@ -51,7 +51,7 @@ def _class_of(model: str | Path, config: Any) -> Any:
         if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
             return kind
         raise UserError(
-            f"model: {model} is of the architecture {names[0]}, which transformers {transformers.__version__} does not have"
+            f"model: {model} is a {names[0]}, a class that transformers {transformers.__version__} does not have"
         )
     if type(config) not in MODEL_MAPPING:
         raise UserError(f"model: {model} names no architecture in its config.json")
