@@ -18,7 +18,9 @@ LAYOUTS = ["deformable_detr", "rt_detr_v2", "rt_detr_v2_discrete", "d_fine_point
 def call_of(module, model, inputs):
     """Return the arguments that a module of the model gets."""
     seen = []
-    handle = module.register_forward_pre_hook(lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    handle = module.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
+    )
     with torch.no_grad():
         model(**inputs)
     handle.remove()
