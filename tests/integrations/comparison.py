@@ -60,6 +60,21 @@ def record_calls(monkeypatch) -> list[Call]:
     return recorded
 
 
+def stock_of(call):
+    """Return what upstream's own code makes of a recorded call in fp64."""
+    if call.num_points is None:
+        from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
+
+        return MultiScaleDeformableAttention.forward(
+            None, call.value.double(), None, call.shapes, None, call.locations.double(), call.weights.double(), 64
+        )
+    from transformers.models.rt_detr_v2.modeling_rt_detr_v2 import multi_scale_deformable_attention_v2
+
+    method = {"bilinear": "default", "nearest": "discrete"}[call.method]
+    inputs = (call.value.double(), call.shapes, call.locations.double(), call.weights.double())
+    return multi_scale_deformable_attention_v2(*inputs, call.num_points, method)
+
+
 def tensors_of(output: object) -> Iterator[torch.Tensor]:
     if isinstance(output, torch.Tensor):
         if output.is_floating_point():
@@ -83,7 +98,7 @@ def run(model, inputs):
     generator = torch.Generator().manual_seed(1)
     loss = 0.0
     for out in outputs:
-        loss = loss + (out * torch.randn(out.shape, generator=generator).to(out.dtype))[usable(out)].sum()
+        loss = loss + (out * torch.randn(out.shape, generator=generator).to(out))[usable(out)].sum()
     loss.backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     return [out.detach() for out in outputs], grads

@@ -43,6 +43,7 @@ def test_use_kernels_serves_eval_and_train(name, kernels, calls):
     model.set_use_kernels(False)
 
 
+@pytest.mark.filterwarnings("ignore:(?s).*No kernel mapping found")  # for the model's other layers
 @pytest.mark.parametrize("mode", ["INFERENCE", "TRAINING"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_kernelize_serves_every_mode(mode, compiled, kernels, calls):

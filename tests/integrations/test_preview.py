@@ -14,6 +14,7 @@ from integrations import tiny_detectors
 from integrations.comparison import parameters_of
 
 from visionkernels.errors import UserError
+from visionkernels.integrations import preview
 from visionkernels.integrations.preview import would_patch
 
 
@@ -45,6 +46,18 @@ def test_a_checkpoint_is_left_as_it_is(tmp_path):
     report = would_patch(str(folder))
     assert str(report).startswith("RTDetrForObjectDetection: 2 modules replaced")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_no_weight_is_made(tmp_path, monkeypatch):
+    devices = set()
+
+    def record(model):
+        devices.update(tensor.device.type for tensor in model.parameters())
+        return vk.patch(model)
+
+    monkeypatch.setattr(preview, "patch", record)
+    would_patch(checkpoints.save_rt_detr(tmp_path))
+    assert devices == {"meta"}
 
 
 def change_config(folder, **entries):

@@ -81,7 +81,9 @@ def test_the_function_is_exchanged_for_one_instance():
     assert result(model) == 101
     assert result(other) == 2
     assert isinstance(model, Attention)
-    assert (type(model).__name__, repr(model)) == ("Attention", repr(other))
+    assert repr(model) == repr(other)
+    for attribute in ("__module__", "__name__", "__qualname__", "__doc__"):
+        assert getattr(type(model), attribute) == getattr(Attention, attribute)
     vk.unpatch(model)
     assert type(model) is Attention
     assert model.__dict__ == before

@@ -15,10 +15,11 @@ import visionkernels as vk
 pytest.importorskip("transformers")
 
 from integrations import tiny_detectors
-from integrations.comparison import attention_of, error_of, parameters_of, run, tensors_of, truth_of, usable
+from integrations.comparison import attention_of, error_of, parameters_of, run, stock_of, tensors_of, truth_of, usable
 
 MODELS = parameters_of(tiny_detectors.NAMES)
 LAYOUTS = ["deformable_detr", "rt_detr_v2", "d_fine_points", "mask2former", "oneformer"]  # one of each
+OUTER = LAYOUTS[1:]  # what is patched is the attention with its weights
 
 
 def state_of(model):
@@ -65,21 +66,6 @@ def test_two_models_patched_one_not(name, calls):
             assert len(calls) == expected
 
 
-def stock_of(call):
-    """Return what upstream's own code makes of a recorded call in fp64."""
-    if call.num_points is None:
-        from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
-
-        return MultiScaleDeformableAttention.forward(
-            None, call.value.double(), None, call.shapes, None, call.locations.double(), call.weights.double(), 64
-        )
-    from transformers.models.rt_detr_v2.modeling_rt_detr_v2 import multi_scale_deformable_attention_v2
-
-    method = {"bilinear": "default", "nearest": "discrete"}[call.method]
-    inputs = (call.value.double(), call.shapes, call.locations.double(), call.weights.double())
-    return multi_scale_deformable_attention_v2(*inputs, call.num_points, method)
-
-
 def check_against_stock(calls, relative):
     assert calls
     for call in calls:
@@ -87,27 +73,21 @@ def check_against_stock(calls, relative):
         assert (call.out.double() - expected).abs().max() <= relative * expected.abs().max()
 
 
-@pytest.mark.parametrize("name", ["grounding_dino", "mm_grounding_dino", "lw_detr", "rf_detr", "d_fine", "deimv2"])
-def test_autocast_mixes_dtypes(name, calls):
-    model, inputs = tiny_detectors.build(name)
-    vk.patch(model)
-    with torch.autocast("cpu", torch.bfloat16):
-        outputs = list(tensors_of(model(**inputs)))
-    sum(out[usable(out)].float().sum() for out in outputs).backward()
-    assert any(call.value.dtype is torch.bfloat16 and call.locations.dtype is torch.float32 for call in calls)
-    check_against_stock(calls, 2 * torch.finfo(torch.bfloat16).eps)
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+MIXED = {"grounding_dino", "mm_grounding_dino", "lw_detr", "rf_detr", "d_fine", "deimv2"}  # locations stay in float32
 
 
-@pytest.mark.parametrize("name", ["rt_detr_v2", "rt_detr_v2_discrete", "mask2former", "oneformer"])
+@pytest.mark.parametrize("name", MODELS)
 def test_autocast(name, calls):
     model, inputs = tiny_detectors.build(name)
     vk.patch(model)
     with torch.autocast("cpu", torch.bfloat16):
         outputs = list(tensors_of(model(**inputs)))
     sum(out[usable(out)].float().sum() for out in outputs).backward()
-    assert {call.out.dtype for call in calls} == {torch.bfloat16}
+    assert {call.value.dtype for call in calls} == {call.out.dtype for call in calls} == {torch.bfloat16}
+    mixed = tiny_detectors.model_type(name) in MIXED
+    assert any(call.locations.dtype is torch.float32 for call in calls) == mixed
     check_against_stock(calls, 2 * torch.finfo(torch.bfloat16).eps)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 def cast(inputs, dtype):
@@ -211,12 +191,10 @@ def test_an_attention_is_pickled_with_its_patch(name):
     assert twin.__dict__.keys() == module.__dict__.keys()
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", OUTER)
 def test_a_data_parallel_replica_uses_its_own_weights(name, calls):
     model, inputs = tiny_detectors.build(name)
     outer = model.get_submodule(vk.patch(model).replaced[0].name)
-    if name == "deformable_detr":
-        pytest.skip("the replaced module has no weights")
     seen = []
     handle = outer.register_forward_pre_hook(lambda module, *call: seen.append(call), with_kwargs=True)
     with torch.no_grad():
@@ -254,7 +232,7 @@ def test_upstreams_gradient_checkpointing(calls):
     assert max(error_of("deformable_detr", truth_of("deformable_detr")[0], result)) <= 1e-9
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "deformable_detr"])
+@pytest.mark.parametrize("name", OUTER)
 def test_gradient_checkpointing(name, calls):
     model, inputs = tiny_detectors.build(name, torch.float64)
     vk.patch(model)

@@ -46,6 +46,18 @@ def test_compile_sees_the_patch(name, calls):
         assert len(calls) == count
 
 
+@pytest.mark.parametrize("name", ["rt_detr_v2", "d_fine_points", "mask2former"])
+def test_a_whole_model_compiles(name):
+    torch.compiler.reset()
+    model, inputs = tiny_detectors.build(name)
+    with torch.no_grad():
+        expected = list(tensors_of(model(**inputs)))
+        vk.patch(model)
+        got = list(tensors_of(torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs)))
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_compiled_gradients(name):
     torch.compiler.reset()

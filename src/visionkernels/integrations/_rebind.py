@@ -65,7 +65,7 @@ def rebound_class(cls: type, name: str, replacement: Callable[..., Any]) -> type
 def _make_class(cls: Any, forward: Callable[..., Any], name: str, replacement: Callable[..., Any]) -> type:
     def reduce_ex(self: nn.Module, protocol: int) -> tuple[Any, ...]:
         # The subclass has no importable name: pickle and copy make it anew.
-        _, _, *state = cls.__reduce_ex__(self, max(2, protocol))
+        _, _, *state = cls.__reduce_ex__(self, protocol)
         return (_new, (cls, name, replacement), *state)
 
     body = {"forward": rebind(forward, name, replacement), "__reduce_ex__": reduce_ex, _UPSTREAM: cls}

@@ -26,6 +26,16 @@ def would_patch(model: str | Path) -> PatchReport:
     Raises:
         UserError: there is no configuration, transformers cannot build its model, or nothing in it would be
             replaced.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import RTDetrV2Config
+        >>> from visionkernels.integrations.preview import would_patch
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     RTDetrV2Config(decoder_layers=1).save_pretrained(directory)
+        ...     report = would_patch(directory)
+        >>> report.model, [one.name for one in report.replaced]
+        ('RTDetrV2Model', ['decoder.layers.0.encoder_attn'])
     """
     config = read_config(model)
     kind = _class_of(model, config)
