@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import pickle
 import traceback
 
@@ -188,6 +189,15 @@ def test_a_forward_without_source_is_refused(monkeypatch):
     exec("class Attention(nn.Module):\n    def forward(self, value):\n        return operator(value, 1)", scope)
     with pytest.raises(RuntimeError, match=r"cannot be exchanged in forward: its source cannot be read"):
         vk.patch(scope["Attention"]())
+
+
+def test_a_source_that_is_not_what_runs_is_refused(monkeypatch):
+    lines, first = inspect.getsourcelines(Attention.forward)
+    changed = [line.replace("offset\n", "2 * offset\n") for line in lines]
+    assert changed != lines
+    monkeypatch.setattr(inspect, "getsourcelines", lambda function: (changed, first))
+    with pytest.raises(RuntimeError, match="its source has changed since it was imported"):
+        rebind(Attention.forward, "operator", adapter)
 
 
 def test_an_error_leaves_the_whole_model_as_it_was(monkeypatch):

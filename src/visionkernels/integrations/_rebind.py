@@ -14,7 +14,7 @@ import __future__
 import functools
 import inspect
 from collections.abc import Callable
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
@@ -31,25 +31,42 @@ def rebind(function: Callable[..., Any], name: str, replacement: Callable[..., A
         replacement: what that name stands for in the new function.
 
     Raises:
-        RuntimeError: `function` does not look `name` up, or its source cannot be read.
+        RuntimeError: `function` does not look `name` up, or its source cannot be read or is not what runs.
     """
     if not isinstance(function, FunctionType) or name not in function.__code__.co_names or function.__closure__:
         raise RuntimeError(f"it does not look {name} up in its module, or is wrapped by a decorator")
+    if _parts_of(_compile(function, "_")(None)) != _parts_of(function):
+        raise RuntimeError("its source has changed since it was imported")
+    rebound: FunctionType = _compile(function, name)(replacement)
+    for attribute in ("__defaults__", "__kwdefaults__", "__qualname__", "__module__"):
+        setattr(rebound, attribute, getattr(function, attribute))
+    return rebound
+
+
+def _parts_of(function: FunctionType) -> tuple[Any, ...]:
+    """Return what two compilations of one source have in common; the instructions may differ with the scope."""
+    code = function.__code__
+    return code.co_names, code.co_varnames, [value for value in code.co_consts if not isinstance(value, CodeType)]
+
+
+def _compile(function: FunctionType, name: str) -> Callable[..., FunctionType]:
+    """Compile a method's source as the body of a function of the variable `name`, and return that function."""
     try:
         lines, first = inspect.getsourcelines(function)
     except OSError as error:
-        raise RuntimeError(f"its source cannot be read ({error}), so that its call of {name} stays") from error
+        raise RuntimeError(f"its source cannot be read: {error}") from error
     indent = lines[0][: len(lines[0]) - len(lines[0].lstrip())]
     # The method is indented, so it is the body of a function as it stands; the empty lines keep its line numbers.
     source = [*["\n"] * (first - 2), f"def bind({name}):\n", *lines, f"\n{indent}return {function.__name__}\n"]
     flags = function.__code__.co_flags & __future__.annotations.compiler_flag  # of upstream's module
     scope: dict[str, Any] = {}
-    code = compile("".join(source), function.__code__.co_filename, "exec", flags, dont_inherit=True)
-    exec(code, function.__globals__, scope)
-    rebound: FunctionType = scope["bind"](replacement)
-    for attribute in ("__defaults__", "__kwdefaults__", "__qualname__", "__module__"):
-        setattr(rebound, attribute, getattr(function, attribute))
-    return rebound
+    exec(
+        compile("".join(source), function.__code__.co_filename, "exec", flags, dont_inherit=True),
+        function.__globals__,
+        scope,
+    )
+    bind: Callable[..., FunctionType] = scope["bind"]
+    return bind
 
 
 def rebound_class(cls: type, name: str, replacement: Callable[..., Any]) -> type:
