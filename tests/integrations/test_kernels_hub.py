@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 from integrations import tiny_detectors
 from integrations.comparison import attention_of, error_of, run, truth_of
 
+import visionkernels as vk
 from visionkernels.integrations import kernels_hub
 
 
@@ -53,6 +54,16 @@ def test_kernelize_serves_every_mode(mode, compiled, kernels, calls):
         kernels.kernelize(model, mode=mode, device="cpu", use_fallback=True)
     model(**inputs)
     assert len(calls) == len(attention_of(model))
+
+
+def test_patch_hides_the_hooks_forward_and_gives_it_back(kernels):
+    model, _ = tiny_detectors.build("deformable_detr")
+    with kernels.use_kernel_mapping(kernels_hub.mapping(), inherit_mapping=False):
+        kernels.kernelize(model, mode=kernels.Mode.INFERENCE, device="cpu")
+    before = [dict(module.__dict__) for module in model.modules()]
+    vk.patch(model)
+    vk.unpatch(model)
+    assert [dict(module.__dict__) for module in model.modules()] == before
 
 
 def test_transformers_own_entry_does_not_win_on_a_gpu(kernels, monkeypatch):
