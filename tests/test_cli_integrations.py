@@ -9,9 +9,7 @@ from types import ModuleType
 import pytest
 
 from visionkernels.cli import main
-from visionkernels.errors import UserError
-from visionkernels.integrations import table, transformers
-from visionkernels.integrations._patch import PatchReport, Replaced
+from visionkernels.integrations import table
 from visionkernels.integrations.table import Row
 
 LONG = "from visionkernels.integrations.somewhere import SomethingWithAName, another_thing_with_a_name"
@@ -68,22 +66,21 @@ def test_json(capsys):
     }  # fmt: skip
 
 
-def test_what_would_be_replaced_in_a_checkpoint(monkeypatch, capsys, tmp_path):
-    def would_patch(path):
-        if path != tmp_path:
-            raise UserError(f"model: {path} is no directory with a checkpoint")
-        return PatchReport("RTDetrForObjectDetection", (Replaced("model.decoder.0", "some.Attention", "forward"),))
-
-    monkeypatch.setattr(transformers, "would_patch", would_patch, raising=False)
+def test_what_would_be_replaced_in_a_checkpoint(capsys, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    transformers.RTDetrV2Config(decoder_layers=1).save_pretrained(tmp_path)
     assert main(["integrations", "--model", str(tmp_path)]) == 0
-    assert "model.decoder.0  Attention.forward" in capsys.readouterr().out
+    assert "decoder.layers.0.encoder_attn" in capsys.readouterr().out
     assert main(["integrations", "--json", "--model", str(tmp_path)]) == 0
-    assert json.loads(capsys.readouterr().out)["replaced"][0]["name"] == "model.decoder.0"
-    assert main(["integrations", "--model", "nowhere"]) == 2
-    assert capsys.readouterr().err == "visionkernels: error: model: nowhere is no directory with a checkpoint\n"
+    assert json.loads(capsys.readouterr().out)["replaced"][0]["name"] == "decoder.layers.0.encoder_attn"
+    assert main(["integrations", "--model", str(tmp_path / "nowhere")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("visionkernels: error: ")
+    assert captured.err.count("\n") == 1
 
 
 def test_every_file_with_rows_is_in_the_table():
     """By its text, so that a file is found before it is imported."""
     folder = Path(table.__file__).parent
-    assert {path.stem for path in folder.glob("*.py") if "\nROWS" in path.read_text()} <= set(table._FILES)
+    assert {path.stem for path in folder.glob("*.py") if "\nROWS" in path.read_text()} == set(table._FILES)

@@ -23,10 +23,12 @@ PUBLIC = {
     "__version__",
     "detect",
     "fused_ms_deform_attn",
+    "install_extension",
     "ms_deform_attn",
     "multiscale_deformable_attention",
     "patch",
     "patched",
+    "uninstall_extension",
     "unpatch",
 }
 FUNCTIONS_AND_CLASSES = sorted(PUBLIC - {"__version__"})

@@ -16,6 +16,7 @@ from visionkernels.ops.deformable_attention.op import (
 if TYPE_CHECKING:
     from visionkernels.detection import detect
     from visionkernels.integrations import PatchReport, patch, patched, unpatch
+    from visionkernels.integrations.deformable_detr import install_extension, uninstall_extension
     from visionkernels.nn import MSDeformAttn, MultiscaleDeformableAttention
 
 __version__ = "0.1.0"
@@ -27,10 +28,12 @@ __all__ = [
     "__version__",
     "detect",
     "fused_ms_deform_attn",
+    "install_extension",
     "ms_deform_attn",
     "multiscale_deformable_attention",
     "patch",
     "patched",
+    "uninstall_extension",
     "unpatch",
 ]
 
@@ -39,8 +42,10 @@ _MODULE_OF = {
     "MultiscaleDeformableAttention": "visionkernels.nn",
     "PatchReport": "visionkernels.integrations",
     "detect": "visionkernels.detection",
+    "install_extension": "visionkernels.integrations.deformable_detr",
     "patch": "visionkernels.integrations",
     "patched": "visionkernels.integrations",
+    "uninstall_extension": "visionkernels.integrations.deformable_detr",
     "unpatch": "visionkernels.integrations",
 }
 

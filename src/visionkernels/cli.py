@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
@@ -218,7 +217,7 @@ def _add_integrations(subparsers: "argparse._SubParsersAction[_Parser]") -> None
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    job.add_argument("--model", metavar="DIR", type=Path, help="say what would be replaced in this checkpoint")
+    job.add_argument("--model", metavar="DIR", help="say what would be replaced in this checkpoint (or hub id)")
     job.add_argument("--json", action="store_true", help="print JSON instead of a table")
     job.set_defaults(run=_run_integrations)
 
@@ -228,7 +227,9 @@ def _run_integrations(args: argparse.Namespace) -> None:
     from visionkernels.integrations import table
 
     if args.model is not None:
-        report = import_module("visionkernels.integrations.transformers").would_patch(args.model)
+        from visionkernels.integrations.preview import would_patch
+
+        report = would_patch(args.model)
         print(json.dumps(asdict(report), indent=2) if args.json else report)
     elif args.json:
         print(json.dumps([asdict(row) for row in table.rows()], indent=2))
