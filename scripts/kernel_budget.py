@@ -76,17 +76,23 @@ def recording(warps: bool = True) -> Iterator[list[tuple[Any, tuple[Any, ...], d
 
 
 def problem_of(
-    dtype: torch.dtype, fused: bool = False, head_dim: int = 32, tensor_shapes: bool = False, queries: int | None = None
+    dtype: torch.dtype,
+    fused: bool = False,
+    head_dim: int = 32,
+    tensor_shapes: bool = False,
+    queries: int | None = None,
+    batch: int = 2,
+    heads: int = 8,
 ) -> Problem:
     """An encoder's call, where nothing else is said; fused with a mask and a reference point for each level."""
     pixels = sum(h * w for h, w in SHAPES)
     queries = queries or pixels
-    references = torch.rand(2, queries, 4, 2) if fused else None
-    mask = torch.ones(2, pixels, dtype=torch.bool) if fused else None
+    references = torch.rand(batch, queries, 4, 2) if fused else None
+    mask = torch.ones(batch, pixels, dtype=torch.bool) if fused else None
     sizes = () if tensor_shapes else tuple(size for shape in SHAPES for size in shape)
     shapes = torch.tensor(SHAPES) if tensor_shapes else None
-    value = torch.zeros(2, pixels, 8, head_dim, dtype=dtype)
-    points, weights = torch.zeros(2, queries, 8, 4, 4, 2), torch.zeros(2, queries, 8, 4, 4)
+    value = torch.zeros(batch, pixels, heads, head_dim, dtype=dtype)
+    points, weights = torch.zeros(batch, queries, heads, 4, 4, 2), torch.zeros(batch, queries, heads, 4, 4)
     return Problem(value, shapes, sizes, points, weights, references, mask, (4,) * 4)
 
 
@@ -106,10 +112,12 @@ def launches_of(problem: Problem, way: str, warps: bool = True) -> list[tuple[An
     return launches
 
 
-def compile_launch(recorded: tuple[Any, tuple[Any, ...], dict[str, int]], target: GPUTarget = H200) -> Any:
-    """The kernel as Triton compiles it for these arguments: their types, what is constant, what is a multiple of 16."""
-    kernel, arguments, options = recorded
-    signature, constants, attributes = {}, {}, {}
+def specialise(recorded: tuple[Any, tuple[Any, ...], dict[str, int]]) -> tuple[dict[str, Any], ...]:
+    """What Triton compiles a kernel for: types of its arguments, what is constant, what is a multiple of 16."""
+    kernel, arguments, _ = recorded
+    signature: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[Any, Any] = {}
     for index, (parameter, argument) in enumerate(zip(kernel.params, arguments, strict=True)):
         specialised = not parameter.do_not_specialize
         if parameter.is_constexpr or argument is None or (specialised and type(argument) is int and argument == 1):
@@ -124,6 +132,13 @@ def compile_launch(recorded: tuple[Any, tuple[Any, ...], dict[str, int]], target
             signature[parameter.name], multiple = "i32", argument % 16 == 0
         if specialised and multiple:
             attributes[(index,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def compile_launch(recorded: tuple[Any, tuple[Any, ...], dict[str, int]], target: GPUTarget = H200) -> Any:
+    """The kernel as Triton compiles it for these arguments."""
+    kernel, _, options = recorded
+    signature, constants, attributes = specialise(recorded)
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=target, options=options)
 

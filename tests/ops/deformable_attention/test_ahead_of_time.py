@@ -120,6 +120,28 @@ def test_the_gradient_of_value_is_added_by_vectors(compiled):
         assert re.search(r"(atom|red)\.\w[\w.:]*\.v4\.f32", kernel.asm["ptx"])
 
 
+@pytest.mark.parametrize("tensor_shapes", [False, True], ids=["list", "tensor"])
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("way", WAYS)
+def test_another_size_is_no_other_kernel(budget, monkeypatch, way, fused, tensor_shapes):
+    """Also where images are taken one by one, and parts of the tensors begin where they like."""
+    monkeypatch.setattr(budget.binned, "SAMPLES_PER_PASS", 1)
+    monkeypatch.setattr(budget.launch, "CACHE_BYTES", 1)
+
+    def kinds(batch, queries, shapes):
+        monkeypatch.setattr(budget, "SHAPES", shapes)
+        problem = budget.problem_of(F16, fused, tensor_shapes=tensor_shapes, queries=queries, batch=batch, heads=2)
+        launches = budget.launches_of(problem, way)
+        return {(recorded[0].__name__, repr(budget.specialise(recorded))) for recorded in launches}
+
+    first = kinds(2, 31, budget.SHAPES)
+    assert first
+    for batch in (1, 3, 4):
+        for queries in (16, 17, 5):
+            for shapes in (((12, 16), (6, 8), (3, 4), (2, 2)), ((1, 1), (7, 9), (5, 3), (2, 1)), ((16, 16),) * 4):
+                assert kinds(batch, queries, shapes) == first
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
 def test_no_kernel_has_become_longer(budget, dtype):
     table = json.loads(budget.TABLE.read_text())
