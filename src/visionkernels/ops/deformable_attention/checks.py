@@ -32,7 +32,8 @@ def check_value(value: Tensor) -> None:
 
 def check_dense(name: str, tensor: Tensor) -> None:
     """Strides and sizes are those of memory: a sparse tensor has none, a nested one has others for each row."""
-    if tensor.layout != torch.strided or tensor.is_nested:
+    # While compiling neither can be asked in the backward of somebody's autograd.Function.
+    if not torch.compiler.is_compiling() and (tensor.layout != torch.strided or tensor.is_nested):
         kind = "a nested tensor" if tensor.is_nested else f"the layout {tensor.layout}"
         raise TypeError(f"{name} must be a dense tensor, got {kind}")
 
