@@ -23,6 +23,9 @@ CASES = {
     "heads-3": Case(shapes=((3, 2),), heads=3, head_dim=8),
     "heads-8": Case(shapes=((3, 2),), heads=8, head_dim=8, num_points=2),
     "ragged-points": Case(shapes=((5, 4), (3, 2), (2, 2)), queries=2, num_points=(3, 6, 3), reference_size=4),
+    "ragged-points-float64": Case(
+        shapes=((5, 4), (3, 2)), num_points=(3, 6), reference_size=4, dtype=F64, location_dtype=F64, weight_dtype=F64
+    ),
     "level-without-points": Case(
         shapes=((5, 4), (3, 2), (2, 2)), num_points=(2, 0, 3), reference_size=4, reference_levels=3
     ),

@@ -257,6 +257,23 @@ def test_fused(backend, examples):
     draw(lambda call: run(backend.fused_ms_deform_attn, call, backend.device), True, examples)
 
 
+@pytest.mark.parametrize("dtype", [F64, F32, F16], ids=["float64", "float32", "float16"])
+@pytest.mark.parametrize(
+    ("mode", "place", "zero"),
+    [("zeros", NAN, ("points", "weights")), ("border", 1e6, ("points",))],
+    ids=["zeros", "border"],
+)
+def test_grad_output_not_finite_where_nothing_depends_on_an_input(backend, mode, place, zero, dtype):
+    case = Case(shapes=((4, 6),), head_dim=32, num_points=1, padding_mode=mode, dtype=dtype, location_dtype=F32)
+    leaves = [tensor.detach().to(backend.device).requires_grad_() for tensor in make_inputs(case)]
+    leaves[1].data.fill_(place)
+    output = backend.ms_deform_attn(leaves[0], list(case.shapes), None, *leaves[1:], **case.options)
+    output.backward(torch.full_like(output, NAN))
+    gradient = dict(zip(("value", "points", "weights"), (leaf.grad for leaf in leaves), strict=True))
+    for name in zero:
+        assert (gradient[name] == 0).all(), f"{name}: {gradient[name].unique().tolist()}"
+
+
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_without_numba(monkeypatch, fused):
     monkeypatch.setattr(cpu, "_compiled", lambda: None)

@@ -314,8 +314,10 @@ def _backward_kernel(
                     )
             if NEEDS_POINTS:
                 counts = (in_x0 | in_x1) & (in_y0 | in_y1)
-                grad_x = tl.where(counts, grad_x * weight * slope_x, 0.0)
-                grad_y = tl.where(counts, grad_y * weight * slope_y, 0.0)
+                # Chosen, not multiplied by 0: grad_output may be NaN.
+                grad_weight = tl.where(counts, grad_weight, 0.0)
+                grad_x = tl.where(counts & (slope_x != 0), grad_x * weight * slope_x, 0.0)
+                grad_y = tl.where(counts & (slope_y != 0), grad_y * weight * slope_y, 0.0)
                 if REFERENCE_SIZE > 0:
                     grad_weight = weight * (grad_weight - grad_dot_output)
                 if NEEDS_REFERENCE:
@@ -332,9 +334,9 @@ def _backward_kernel(
             total_x += sum_x * pixels_x
             total_y += sum_y * pixels_y
             if REFERENCE_SIZE == 4:
-                half_per_point = 0.5 / (NUM_POINTS[level] if NUM_POINTS[level] > 0 else 1)
-                total_w += sum_w * (pixels_x * half_per_point)
-                total_h += sum_h * (pixels_y * half_per_point)
+                # Not by a number of its own name: it would be a float32, in float64 too.
+                total_w += sum_w * (pixels_x * (0.5 / (NUM_POINTS[level] if NUM_POINTS[level] > 0 else 1)))
+                total_h += sum_h * (pixels_y * (0.5 / (NUM_POINTS[level] if NUM_POINTS[level] > 0 else 1)))
             if REFERENCE_LEVELS > 1 or level == NUM_LEVELS - 1:
                 offs_part = (first_query * NUM_HEADS + offs_row) * REFERENCE_LEVELS + level % REFERENCE_LEVELS
                 part_ptrs = grad_reference_ptr + offs_part * REFERENCE_SIZE

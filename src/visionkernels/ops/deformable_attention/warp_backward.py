@@ -254,13 +254,13 @@ def _backward_points_kernel(
             if (2 << bit) < LANES:
                 dots = _deal(dots, lane, 1 << bit)
         dot0, dot1, dot2, dot3 = dots
-        counts = any_x & any_y  # elsewhere a coordinate, and so a weight, may be anything
+        counts = any_x & any_y  # elsewhere a coordinate, and so a weight, may be anything; so may grad_output
         upper = weight_x0 * dot0 + weight_x1 * dot1
         lower = weight_x0 * dot2 + weight_x1 * dot3
         grad_weight = tl.where(counts, weight_y0 * upper + weight_y1 * lower, 0.0)
         grad_x = weight_y0 * (slope_x0 * dot0 + slope_x1 * dot1) + weight_y1 * (slope_x0 * dot2 + slope_x1 * dot3)
-        grad_x = tl.where(counts, grad_x * weight, 0.0)
-        grad_y = tl.where(counts, (slope_y0 * upper + slope_y1 * lower) * weight, 0.0)
+        grad_x = tl.where(counts & (slope_x1 != 0), grad_x * weight, 0.0)
+        grad_y = tl.where(counts & (slope_y1 != 0), (slope_y0 * upper + slope_y1 * lower) * weight, 0.0)
         if FUSED:
             weights = weights + (weight,)
             grad_weights = grad_weights + (grad_weight,)
