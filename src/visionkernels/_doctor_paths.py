@@ -65,7 +65,7 @@ def _cpu_path() -> tuple[str, str]:
 
 
 def _gpu_paths(launch: ModuleType, device: torch.device, operator: str, workload: str, dtype: str) -> list[Path]:
-    from visionkernels.ops.deformable_attention import binned, plan, warp_backward, warp_forward
+    from visionkernels.ops.deformable_attention import plan, warp_backward, warp_forward
 
     problem = _problem(WORKLOADS[workload], DTYPES[dtype], device, operator == "fused_ms_deform_attn")
     inputs, warps = plan.inputs_of(problem), launch.has_warp_instructions(device)
@@ -81,15 +81,16 @@ def _gpu_paths(launch: ModuleType, device: torch.device, operator: str, workload
     def path(part: str, takes: str, why: str) -> Path:
         return Path(operator, part, workload, dtype, takes, why)
 
-    bins = warps and binned.possible(problem)
-    if not bins:
-        by_value = path(VALUE, "atomic sums", f"binned sums do not take {dtype}" if warps else gpu)
-        ordered = path(DETERMINISTIC, "none: raises an error", by_value.why)
-    else:
-        pays = binned.pays(problem)
-        takes, why = ("binned sums", "samples outnumber pixels") if pays else ("atomic sums", "samples are few")
-        by_value = path(VALUE, takes, why)
+    if launch.is_binned(problem, deterministic=True):
         ordered = path(DETERMINISTIC, "binned sums, sorted", "under torch.use_deterministic_algorithms(True)")
+        why = "samples are few"
+    else:
+        why = f"binned sums do not take {dtype}" if warps else gpu
+        ordered = path(DETERMINISTIC, "none: raises an error", why)
+    if launch.is_binned(problem, deterministic=False):
+        by_value = path(VALUE, "binned sums", "samples outnumber pixels")
+    else:
+        by_value = path(VALUE, "atomic sums", why)
     return [kernel(FORWARD, None), by_value, ordered, kernel(POINTS, plan.Needs(False, True, False))]
 
 

@@ -64,12 +64,15 @@ def backward(
         points, weights = _new(problem.points, needs.points), _new(problem.weights, needs.points)
         return _new(problem.value, needs.value), points, weights, _new(problem.reference_points, needs.reference)
     grad_output = grad_output.contiguous()
-    binned_value = needs.value and _is_binned(problem)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    binned_value = needs.value and is_binned(problem, deterministic)
+    if needs.value and deterministic and not binned_value and problem.value.numel():
+        _alert_not_deterministic()
     if needs.value and needs.points and not (binned_value or has_points_kernel(problem, grad_output, needs)):
         return _launch_backward(problem, grad_output, needs)
     grad_value = None
     if binned_value:  # before the others are allocated: the memory that it takes meanwhile is free for them again
-        grad_value = binned.grad_value(problem, grad_output, torch.are_deterministic_algorithms_enabled())
+        grad_value = binned.grad_value(problem, grad_output, deterministic)
     elif needs.value:
         grad_value = _atomic_grad_value(problem, grad_output)
     if not needs.points:
@@ -84,16 +87,9 @@ def _new(tensor: Tensor | None, needed: bool, allocate: Callable[..., Tensor] = 
     return allocate(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
-def _is_binned(problem: Problem) -> bool:
-    """Whether the value's gradient is: where samples outnumber pixels, or where its sums must have an order.
-
-    Raises:
-        RuntimeError: they must have one, and cannot.
-    """
+def is_binned(problem: Problem, deterministic: bool) -> bool:
+    """Whether the value's gradient is: where samples outnumber pixels, or where its sums must have an order."""
     possible = has_warp_instructions(problem.value.device) and binned.possible(problem)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    if deterministic and not possible and problem.value.numel():
-        _alert_not_deterministic()
     return possible and (deterministic or binned.pays(problem))
 
 
