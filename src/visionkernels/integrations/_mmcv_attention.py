@@ -1,11 +1,11 @@
 """The module of mmcv and detrex on the fused operator: its `forward`, which also runs on mmcv's own, and the module."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from visionkernels.nn.deformable_attention import initialise
 from visionkernels.ops.deformable_attention.checks import SpatialShapes
 from visionkernels.ops.deformable_attention.op import fused_ms_deform_attn
 
@@ -134,18 +134,7 @@ class MultiScaleDeformableAttention(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Head m looks in direction 2 pi m / M, point p at p + 1 pixels along it; all weights are equal."""
-        angles = torch.arange(self.num_heads, dtype=torch.float32) * (2.0 * math.pi / self.num_heads)
-        directions = torch.stack([angles.cos(), angles.sin()], -1)
-        directions = directions / directions.abs().amax(-1, keepdim=True)
-        steps = torch.arange(1, self.num_points + 1, dtype=torch.float32)
-        bias = (directions[:, None, None, :] * steps[:, None]).expand(-1, self.num_levels, -1, -1)
-        with torch.no_grad():
-            self.sampling_offsets.bias.copy_(bias.flatten())
-        for tensor in (self.sampling_offsets.weight, *self.attention_weights.parameters()):
-            nn.init.zeros_(tensor)
-        for projection in (self.value_proj, self.output_proj):
-            nn.init.xavier_uniform_(projection.weight)
-            nn.init.zeros_(projection.bias)
+        """mmcv's name of it: as Deformable-DETR's."""
+        initialise(self, self.num_heads, self.num_levels, self.num_points)
 
     forward = attend

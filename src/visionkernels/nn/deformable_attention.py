@@ -3,12 +3,40 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from visionkernels.ops.deformable_attention.checks import SpatialShapes, check_options
 from visionkernels.ops.deformable_attention.op import fused_ms_deform_attn
+
+
+def initialise(attention: Any, num_heads: int, num_levels: int, num_points: int) -> None:
+    """Deformable-DETR's initial parameters, which its descendants share.
+
+    Head m looks in direction 2 pi m / M, point p at p + 1 pixels along it; all weights are equal.
+
+    Args:
+        attention: a module with the four projections ``sampling_offsets``, ``attention_weights``, ``value_proj`` and
+            ``output_proj``.
+        num_heads: attention heads.
+        num_levels: feature levels.
+        num_points: sampling points of a head on a level.
+    """
+    angles = torch.arange(num_heads, dtype=torch.float32) * (2.0 * math.pi / num_heads)
+    directions = torch.stack([angles.cos(), angles.sin()], -1)
+    directions = directions / directions.abs().amax(-1, keepdim=True)
+    steps = torch.arange(1, num_points + 1, dtype=torch.float32)
+    bias = directions[:, None, None, :] * steps[:, None]  # [M, 1, P, 2]
+    with torch.no_grad():
+        attention.sampling_offsets.bias.copy_(bias.expand(-1, num_levels, -1, -1).flatten())
+    nn.init.zeros_(attention.sampling_offsets.weight)
+    nn.init.zeros_(attention.attention_weights.weight)
+    nn.init.zeros_(attention.attention_weights.bias)
+    for projection in (attention.value_proj, attention.output_proj):
+        nn.init.xavier_uniform_(projection.weight)
+        nn.init.zeros_(projection.bias)
 
 
 class MSDeformAttn(nn.Module):
@@ -50,20 +78,8 @@ class MSDeformAttn(nn.Module):
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
-        """Head m looks in direction 2 pi m / M, point p at p + 1 pixels along it; all weights are equal."""
-        angles = torch.arange(self.n_heads, dtype=torch.float32) * (2.0 * math.pi / self.n_heads)
-        directions = torch.stack([angles.cos(), angles.sin()], -1)
-        directions = directions / directions.abs().amax(-1, keepdim=True)
-        steps = torch.arange(1, self.n_points + 1, dtype=torch.float32)
-        bias = directions[:, None, None, :] * steps[:, None]  # [M, 1, P, 2]
-        with torch.no_grad():
-            self.sampling_offsets.bias.copy_(bias.expand(-1, self.n_levels, -1, -1).flatten())
-        nn.init.zeros_(self.sampling_offsets.weight)
-        nn.init.zeros_(self.attention_weights.weight)
-        nn.init.zeros_(self.attention_weights.bias)
-        for projection in (self.value_proj, self.output_proj):
-            nn.init.xavier_uniform_(projection.weight)
-            nn.init.zeros_(projection.bias)
+        """Upstream's name of it: models built around the module call it."""
+        initialise(self, self.n_heads, self.n_levels, self.n_points)
 
     def forward(
         self,
