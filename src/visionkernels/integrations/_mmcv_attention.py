@@ -134,7 +134,7 @@ class MultiScaleDeformableAttention(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """mmcv's name of it: as Deformable-DETR's."""
+        """As Deformable-DETR's module, under the name by which mmcv calls it."""
         initialise(self, self.num_heads, self.num_levels, self.num_points)
 
     forward = attend
