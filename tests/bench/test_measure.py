@@ -1,5 +1,6 @@
 """Verdicts: who is right, wrong, refused or failed."""
 
+import importlib
 import math
 import sys
 import types
@@ -9,6 +10,7 @@ import pytest
 import torch
 from bench_tools import CPU, EFFORT, RAGGED, TINY, a_record, a_row, altered, measure
 
+import visionkernels as vk
 from visionkernels.bench import modules
 from visionkernels.bench.cases import draw
 from visionkernels.bench.markdown import full_tables
@@ -17,6 +19,7 @@ from visionkernels.bench.peers import grid_sample_attention
 from visionkernels.bench.providers import PROVIDERS
 from visionkernels.bench.timing import Roofs
 from visionkernels.bench.wording import remarks
+from visionkernels.integrations import mmcv
 from visionkernels.ops.deformable_attention.reference import reference_ms_deform_attn
 
 
@@ -168,6 +171,28 @@ def test_what_a_provider_cannot_do_is_said():
     assert measure(peer).refused == measure_module(peer).refused == "runs on cuda only"
     absent = replace(peer, module="no_such_package")
     assert absent.missing() == "ModuleNotFoundError: No module named 'no_such_package'"
+
+
+def test_an_extension_that_is_this_package_is_no_peer():
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("MultiScaleDeformableAttention")
+    extension = vk.install_extension()
+    try:
+        reason = PROVIDERS["deformable-detr"].missing()
+    finally:
+        vk.uninstall_extension()
+    assert (
+        reason
+        == f"{extension.__name__} runs this package's own operators since it was installed over; take that back first"
+    )
+
+
+def test_an_mmcv_that_runs_this_package_is_no_peer(monkeypatch):
+    name = "mmcv.ops.multi_scale_deform_attn"
+    fake(monkeypatch, name, MultiScaleDeformableAttnFunction=type("Function", (), {}))
+    assert PROVIDERS["mmcv"].missing() is None
+    fake(monkeypatch, name, MultiScaleDeformableAttnFunction=mmcv.MultiScaleDeformableAttnFunction)
+    assert PROVIDERS["mmcv"].missing().startswith(f"{name} runs this package's own operators")
 
 
 def test_a_module_on_an_operator_without_the_dtype_runs_it_in_float32():

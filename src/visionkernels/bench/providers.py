@@ -43,7 +43,7 @@ class Provider:
         narrow: It takes locations and weights in the dtype of value only.
         compiled: It goes through ``torch.compile``.
         slow_start: Starting takes seconds a case: unless asked for, measured on the headline cases alone.
-        module: What must be importable.
+        module: What must be importable, and hold nothing of this package's.
         package: The distribution whose version is recorded.
         dtypes: Value dtypes that it takes.
         devices: Device types that it runs on.
@@ -67,11 +67,11 @@ class Provider:
     note: str = ""
 
     def missing(self) -> str | None:
-        """Why its module cannot be imported, in one line; None if it can."""
+        """Why its module cannot be measured, in one line; None if it can."""
         if self.module is None:
             return None
         try:
-            importlib.import_module(self.module)
+            module = importlib.import_module(self.module)
         except (
             ImportError,
             OSError,
@@ -79,6 +79,8 @@ class Provider:
             AssertionError,
         ) as error:  # also: a library for another torch, no GPU
             return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}"
+        if any(str(getattr(member, "__module__", "")).startswith("visionkernels.") for member in vars(module).values()):
+            return f"{self.module} runs this package's own operators since it was installed over; take that back first"
         return None
 
     def refuses(self, case: Case, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -147,7 +149,7 @@ _PROVIDERS = (
         dtypes=_FLOATS[:3], devices=("cuda",), note=_NARROW,
     ),
     Provider(
-        "mmcv", peers.mmcv, narrow=True, module="mmcv.ops", package="mmcv",
+        "mmcv", peers.mmcv, narrow=True, module="mmcv.ops.multi_scale_deform_attn", package="mmcv",
         dtypes=_FLOATS[:3], devices=("cuda",), note=_NARROW,
     ),
     Provider(

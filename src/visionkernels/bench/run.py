@@ -243,7 +243,7 @@ def _pick_providers(options: Options) -> tuple[list[Provider], dict[str, str]]:
         elif (reason := PROVIDERS[name].missing()) is not None:
             missing[name] = reason
             if options.against is not None:
-                raise UserError(f"against: {name} cannot be imported, {reason}")
+                raise UserError(f"against: {name} cannot be measured, {reason}")
     ours = [provider for provider in PROVIDERS.values() if provider.ours]
     return ours + [PROVIDERS[name] for name in names if name not in missing], missing
 
