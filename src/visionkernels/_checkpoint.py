@@ -10,12 +10,12 @@ import torch
 from visionkernels.errors import UserError
 
 
-def require(*packages: str) -> None:
-    """Raise a UserError that says what to install, unless these packages (by import name) are there."""
+def require(*packages: str, job: str = "detect") -> None:
+    """Raise a UserError that says what to install for a job, unless these packages (by import name) are there."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         names = ", ".join({"PIL": "pillow"}.get(name, name) for name in missing)
-        raise UserError(f"detect needs {names}, not installed here: pip install 'visionkernels[hf]'")
+        raise UserError(f"{job} needs {names}, not installed here: pip install 'visionkernels[hf]'")
 
 
 def load_checkpoint(model: str | Path) -> tuple[Any, Any]:

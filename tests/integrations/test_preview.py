@@ -1,5 +1,6 @@
 """What `would_patch` says of a checkpoint, and what it refuses in one sentence."""
 
+import importlib.util
 import json
 
 import pytest
@@ -91,3 +92,21 @@ def test_what_is_refused(tmp_path):
     change_config(folder, model_type="no_such_model")
     refuse(folder, "no_such_model")
     refuse(checkpoints.save_classifier(tmp_path / "classifier"), "nothing to patch in ViTForImageClassification")
+
+
+def test_an_operator_that_is_not_known_is_one_line(tmp_path, monkeypatch):
+    def unknown(model):
+        raise RuntimeError("model: upstream calls it in another way")
+
+    monkeypatch.setattr(preview, "patch", unknown)
+    with pytest.raises(UserError, match="upstream calls it in another way"):
+        would_patch(checkpoints.save_rt_detr(tmp_path))
+
+
+def test_without_transformers_it_says_what_to_install(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "transformers" else find(name, *rest)
+    )
+    with pytest.raises(UserError, match=r"^integrations --model needs transformers, .* 'visionkernels\[hf\]'"):
+        would_patch(tmp_path)

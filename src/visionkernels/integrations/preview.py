@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from visionkernels._checkpoint import one_line, read_config
+from visionkernels._checkpoint import one_line, read_config, require
 from visionkernels.errors import UserError
 from visionkernels.integrations import patch
 from visionkernels.integrations._report import PatchReport
@@ -24,8 +24,8 @@ def would_patch(model: str | Path) -> PatchReport:
         What `patch` would replace in the loaded model.
 
     Raises:
-        UserError: there is no configuration, transformers cannot build its model, or nothing in it would be
-            replaced.
+        UserError: transformers is not installed, there is no configuration, transformers cannot build its model,
+            nothing in it would be replaced, or it calls the operator in a way that is not known.
 
     Example:
         >>> import tempfile
@@ -37,6 +37,7 @@ def would_patch(model: str | Path) -> PatchReport:
         >>> report.model, [one.name for one in report.replaced]
         ('RTDetrV2Model', ['decoder.layers.0.encoder_attn'])
     """
+    require("transformers", job="integrations --model")
     config = read_config(model)
     kind = _class_of(model, config)
     try:
@@ -46,7 +47,7 @@ def would_patch(model: str | Path) -> PatchReport:
         raise UserError(f"model: transformers cannot build {model} from its config.json: {one_line(error)}") from error
     try:
         return patch(built)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from error
 
 
