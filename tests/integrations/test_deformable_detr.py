@@ -274,6 +274,12 @@ def test_a_name_that_is_none(name):
         install_extension(name)
 
 
+@pytest.mark.parametrize("name", [None, 1, b"compiled"])
+def test_a_name_that_is_no_string(name):
+    with pytest.raises(TypeError, match="name: expected the name of a module"):
+        install_extension(name)
+
+
 def test_bad_arguments(extension):
     value, locations, weights = (t.detach() for t in make_inputs(CASE))
     shapes, start = geometry("cpu")

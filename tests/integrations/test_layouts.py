@@ -133,7 +133,7 @@ def test_dcnv4_refuses():
     *levels, locations, logits = leaves("cpu")
     value, packed = flattened(levels), packed_by_dcnv4(locations, logits)
     with pytest.raises(
-        ValueError, match=r"sampling_loc_attn must be .* = 48 for 2 levels and K = 8, got \[3, 5, 4, 18\]"
+        ValueError, match=r"sampling_loc_attn must be .* = 2 \* 8 \* 3\] = \[3, 5, 4, 48\], got \[3, 5, 4, 18\]"
     ):
         FlashDeformAttnFunction.apply(value, SHAPES, None, packed, 64)
     with pytest.raises(ValueError, match=r"must be a tensor \[N, Lq, M, L \* K \* 3\], got \[3, 5, 72\]"):
@@ -200,7 +200,7 @@ def test_d_fine_discrete(device):
     found = d_fine_core(value, SHAPES, locations, weights, [3, 3], method="discrete")
     (gradient,) = torch.autograd.grad(found.sum(), locations, retain_graph=True, allow_unused=True)
     compare(found, total.flatten(2), [*levels, weights])
-    assert gradient is None or gradient.eq(0).all()
+    assert gradient is None  # as upstream's, so that an optimizer leaves what is behind it alone
 
 
 def test_d_fine_refuses():
@@ -208,7 +208,9 @@ def test_d_fine_refuses():
     value = [t.flatten(3) for t in levels]
     with pytest.raises(ValueError, match=r"method must be one of \('default', 'discrete'\), got 'nearest'"):
         d_fine_core(value, SHAPES, locations, weights, [3, 3], method="nearest")
-    with pytest.raises(ValueError, match=r"value must hold a tensor .* \[\(5, 2\), \(3, 7\)\], got \[21, 10\]"):
+    with pytest.raises(
+        ValueError, match=r"value must hold a tensor .* \[\(5, 2\), \(3, 7\)\], got h \* w = \[21, 10\]"
+    ):
         d_fine_core(value, SHAPES[::-1], locations, weights, [3, 3])
 
 

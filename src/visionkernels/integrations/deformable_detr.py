@@ -55,6 +55,7 @@ def install_extension(name: str = NAME, *, replace: bool = False) -> ModuleType:
         The module that the import finds, with `ms_deform_attn_forward` and `ms_deform_attn_backward`.
 
     Raises:
+        TypeError: `name` is no string.
         ValueError: `name` is no module name.
         RuntimeError: a compiled extension of that name is imported already, or is installed and `replace` is False.
 
@@ -72,6 +73,8 @@ def install_extension(name: str = NAME, *, replace: bool = False) -> ModuleType:
         tensor([[[2.5000]]])
         >>> vk.uninstall_extension()
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected the name of a module, such as {NAME!r}, got a {type(name).__name__}")
     parent_name, _, child = name.rpartition(".")
     if not all(part.isidentifier() for part in name.split(".")):
         raise ValueError(f"name: expected the name of a module, such as {NAME!r}, got {name!r}")

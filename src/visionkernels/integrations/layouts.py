@@ -13,6 +13,7 @@ from torch import Tensor
 
 from visionkernels.integrations._autocast import outside_autocast
 from visionkernels.integrations.table import Row
+from visionkernels.integrations.transformers import multi_scale_deformable_attention_v2
 from visionkernels.ops.deformable_attention import checks
 from visionkernels.ops.deformable_attention.op import fused_ms_deform_attn, ms_deform_attn
 
@@ -48,8 +49,6 @@ ROWS = (
         "from visionkernels import multiscale_deformable_attention, MultiscaleDeformableAttention",
     ),
 )
-
-_DISCRETE = {"default": "bilinear", "discrete": "nearest"}  # D-FINE's names
 
 
 class FlashDeformAttnFunction:
@@ -94,17 +93,20 @@ class FlashDeformAttnFunction:
             >>> FlashDeformAttnFunction.apply(value, [(2, 3)], None, packed, 64, 1)
             tensor([[[2.5000]]])
         """
-        num_samples = len(value_spatial_shapes) * K
+        checks.check_value(value)
+        num_levels, _, _ = checks.check_shapes(value_spatial_shapes, value)
+        if not isinstance(K, int):
+            raise TypeError(f"K must be an integer, got {type(K).__name__}")
+        num_samples = num_levels * K
         if not isinstance(sampling_loc_attn, Tensor) or sampling_loc_attn.dim() != 4:
-            came = list(sampling_loc_attn.shape) if isinstance(sampling_loc_attn, Tensor) else sampling_loc_attn
-            raise ValueError(f"sampling_loc_attn must be a tensor [N, Lq, M, L * K * 3], got {came}")
-        if sampling_loc_attn.shape[3] != num_samples * 3:
             raise ValueError(
-                f"sampling_loc_attn must be [N, Lq, M, L * K * 3] with L * K * 3 = {num_samples * 3} for "
-                f"{len(value_spatial_shapes)} levels and K = {K}, got {list(sampling_loc_attn.shape)}"
+                f"sampling_loc_attn must be a tensor [N, Lq, M, L * K * 3], got {_came(sampling_loc_attn)}"
             )
+        expected = (value.shape[0], sampling_loc_attn.shape[1], value.shape[2], 3 * num_samples)
+        axes = f"[N, Lq, M, L * K * 3 = {num_levels} * {K} * 3]"
+        checks.check_like("sampling_loc_attn", sampling_loc_attn, expected, axes, value)
         locations, logits = sampling_loc_attn.split([num_samples * 2, num_samples], -1)
-        points = (len(value_spatial_shapes), K)
+        points = (num_levels, K)
         # A reference box at 0 of the size 2 K makes an offset the location: 0 + offset / K * 2 K * 0.5.
         box = sampling_loc_attn.new_zeros(1, 1, 1, 4)
         box[..., 2:] = 2 * K
@@ -116,6 +118,10 @@ class FlashDeformAttnFunction:
                 locations.unflatten(-1, (*points, 2)),
                 logits.unflatten(-1, points),
             )
+
+
+def _came(found: object) -> str:
+    return str(list(found.shape)) if isinstance(found, Tensor) else type(found).__name__
 
 
 def multiscale_deformable_attn_plugin(
@@ -188,11 +194,23 @@ def rf_detr_core(
         tensor([[[2.5000]]])
     """
     shapes = value_spatial_shapes if value_spatial_shapes_hw is None else value_spatial_shapes_hw
-    if sampling_locations.dim() == 5:
-        sampling_locations = sampling_locations.unflatten(3, (len(shapes), -1))
-    weights = attention_weights.reshape(sampling_locations.shape[:-1])
+    if not isinstance(value, Tensor) or value.dim() != 4:
+        raise ValueError(f"value must be a tensor [N, M, D, S], got {_came(value)}")
     with outside_autocast(value):
-        return ms_deform_attn(value.permute(0, 3, 1, 2), shapes, None, sampling_locations, weights)
+        num_levels, _, _ = checks.check_shapes(shapes, value)
+        locations = _by_level("sampling_locations", sampling_locations, 5, num_levels)
+        weights = _by_level("attention_weights", attention_weights, 4, num_levels)
+        return ms_deform_attn(value.permute(0, 3, 1, 2), shapes, None, locations, weights)
+
+
+def _by_level(name: str, tensor: Tensor, packed: int, num_levels: int) -> Tensor:
+    """A tensor of `packed` axes with its fourth, `L * P`, as two; others as they are, for the operator to check."""
+    if not isinstance(tensor, Tensor) or tensor.dim() != packed:
+        return tensor
+    points, rest = divmod(tensor.shape[3], max(num_levels, 1))
+    if rest:
+        raise ValueError(f"{name} must hold as many points for each of {num_levels} levels, got {list(tensor.shape)}")
+    return tensor.unflatten(3, (num_levels, points))
 
 
 def d_fine_core(
@@ -231,14 +249,16 @@ def d_fine_core(
         >>> d_fine_core(value, [(2, 3), (1, 1)], center, weights, [2, 1])
         tensor([[[6.]]])
     """
-    if method not in _DISCRETE:
-        raise ValueError(f"method must be one of {tuple(_DISCRETE)}, got {method!r}")
-    sizes = [level.shape[-1] for level in value]
+    if not isinstance(value, (list, tuple)) or not all(isinstance(one, Tensor) and one.dim() == 4 for one in value):
+        raise ValueError(f"value must be a list of tensors [N, M, D, h * w], got {_came(value)}")
+    if value:
+        checks.check_shapes(value_spatial_shapes, value[0])
+    sizes = [level.shape[3] for level in value]
     if not sizes or sizes != [h * w for h, w in value_spatial_shapes]:
-        raise ValueError(f"value must hold a tensor [N, M, D, h * w] for each of {value_spatial_shapes}, got {sizes}")
+        levels = checks.shown(value_spatial_shapes)
+        raise ValueError(f"value must hold a tensor [N, M, D, h * w] for each of {levels}, got h * w = {sizes}")
     with outside_autocast(value[0]):
         pixels = torch.cat([level.permute(0, 3, 1, 2) for level in value], 1)
-        return ms_deform_attn(
-            pixels, value_spatial_shapes, None, sampling_locations, attention_weights,
-            num_points=num_points_list, method=_DISCRETE[method],
-        )  # fmt: skip
+        return multi_scale_deformable_attention_v2(
+            pixels, value_spatial_shapes, sampling_locations, attention_weights, num_points_list, method
+        )

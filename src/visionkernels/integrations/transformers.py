@@ -12,7 +12,7 @@ from torch import Tensor
 
 from visionkernels.integrations._patch import Integration, Place
 from visionkernels.integrations.table import Row
-from visionkernels.ops.deformable_attention.checks import SpatialShapes
+from visionkernels.ops.deformable_attention.checks import SpatialShapes, shown
 from visionkernels.ops.deformable_attention.op import ms_deform_attn
 
 _VERSIONS = "5.17 to 5.23"  # tested
@@ -80,13 +80,10 @@ def multi_scale_deformable_attention_v2(
     Source:
         `transformers.models.rt_detr_v2.modeling_rt_detr_v2.multi_scale_deformable_attention_v2`.
     """
-    if method not in _METHODS:
-        raise ValueError(
-            f"method must be one of {tuple(_METHODS)}, got {method!r}; correct decoder_method in the config"
-        )
-    if (
-        method == "discrete"
-    ):  # upstream's rounding leaves parameters behind the locations without a gradient, not with 0
+    if method not in (*_METHODS,):
+        raise ValueError(f"method must be one of {(*_METHODS,)}, got {shown(method)}")
+    if method == "discrete":
+        # Upstream's rounding leaves parameters behind the locations without a gradient, not with 0.
         sampling_locations = sampling_locations.detach()
     return ms_deform_attn(
         value, value_spatial_shapes, None, sampling_locations, attention_weights,

@@ -38,7 +38,7 @@ def check_dense(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be a dense tensor, got {kind}")
 
 
-def _shown(found: object) -> str:
+def shown(found: object) -> str:
     """What came, in one line."""
     if isinstance(found, Tensor):
         return f"a tensor of {found.dtype}"
@@ -74,11 +74,11 @@ def check_mask(value_mask: Tensor, value: Tensor) -> None:
 def check_options(padding_mode: str, align_corners: bool, method: str = "bilinear") -> None:
     """The three options that say how to sample."""
     if padding_mode not in PADDING_MODES:
-        raise ValueError(f"padding_mode must be one of {PADDING_MODES}, got {_shown(padding_mode)}")
+        raise ValueError(f"padding_mode must be one of {PADDING_MODES}, got {shown(padding_mode)}")
     if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {_shown(method)}")
+        raise ValueError(f"method must be one of {METHODS}, got {shown(method)}")
     if not isinstance(align_corners, bool):
-        raise TypeError(f"align_corners must be True or False, got {_shown(align_corners)}")
+        raise TypeError(f"align_corners must be True or False, got {shown(align_corners)}")
     if method == "nearest" and (align_corners or padding_mode != "zeros"):
         raise ValueError(
             "method='nearest' always clamps to the level and takes padding_mode='zeros' and align_corners=False, "
@@ -109,12 +109,12 @@ def check_shapes(spatial_shapes: SpatialShapes, value: Tensor) -> tuple[int, Ten
             sizes += (height, width)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"spatial_shapes must be a tensor [L, 2] or a list of (h, w) pairs, got {_shown(spatial_shapes)}"
+            f"spatial_shapes must be a tensor [L, 2] or a list of (h, w) pairs, got {shown(spatial_shapes)}"
         ) from error
     if not all(isinstance(size, (int, torch.SymInt)) for size in sizes):
-        raise TypeError(f"spatial_shapes must hold integers, got {_shown(spatial_shapes)}")
+        raise TypeError(f"spatial_shapes must hold integers, got {shown(spatial_shapes)}")
     if any(isinstance(size, int) and abs(size) > MAX_SIZE for size in sizes):
-        raise ValueError(f"spatial_shapes must hold sizes of at most {MAX_SIZE}, got {_shown(spatial_shapes)}")
+        raise ValueError(f"spatial_shapes must hold sizes of at most {MAX_SIZE}, got {shown(spatial_shapes)}")
     return len(sizes) // 2, None, sizes
 
 
@@ -129,7 +129,7 @@ def check_num_points(name: str, points: Tensor, num_levels: int, num_points: Seq
     if num_points is not None and not (
         isinstance(num_points, (list, tuple)) and all(isinstance(n, (int, torch.SymInt)) for n in num_points)
     ):
-        raise TypeError(f"num_points must be a list with the points of each level, got {_shown(num_points)}")
+        raise TypeError(f"num_points must be a list with the points of each level, got {shown(num_points)}")
     if points.dim() == 6:
         if points.shape[3] != num_levels:
             raise ValueError(
@@ -189,7 +189,7 @@ def check_level_start(level_start_index: Tensor | Sequence[int] | None, sizes: S
         check_dense("level_start_index", level_start_index)
         level_start_index = level_start_index.flatten().tolist()
     if not isinstance(level_start_index, (list, tuple)):
-        raise TypeError(f"level_start_index must be a tensor [L], a list or None, got {_shown(level_start_index)}")
+        raise TypeError(f"level_start_index must be a tensor [L], a list or None, got {shown(level_start_index)}")
     starts = [0]
     for height, width in zip(sizes[::2], sizes[1::2], strict=True):
         starts.append(starts[-1] + height * width)
