@@ -274,6 +274,12 @@ def test_a_name_that_is_none(name):
         install_extension(name)
 
 
+def test_a_finder_of_an_old_kind_is_passed_over(monkeypatch):
+    monkeypatch.setattr(sys, "meta_path", [object(), *sys.meta_path])
+    install_extension()
+    uninstall_extension()
+
+
 @pytest.mark.parametrize("name", [None, 1, b"compiled"])
 def test_a_name_that_is_no_string(name):
     with pytest.raises(TypeError, match="name: expected the name of a module"):

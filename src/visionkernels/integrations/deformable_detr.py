@@ -236,7 +236,8 @@ def _find_spec(name: str) -> ModuleSpec | None:
     parts = name.split(".")
     for count in range(1, len(parts) + 1):
         part = ".".join(parts[:count])
-        specs = (finder.find_spec(part, path) for finder in sys.meta_path)
+        # Old finders have another method, which Python itself no longer asks.
+        specs = (finder.find_spec(part, path) for finder in sys.meta_path if hasattr(finder, "find_spec"))
         spec = next((spec for spec in specs if spec is not None), None)
         if spec is None or (count < len(parts) and spec.submodule_search_locations is None):
             return None
