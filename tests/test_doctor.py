@@ -50,7 +50,9 @@ def test_a_healthy_machine(capsys):
 
 
 def test_what_it_prints(two_calls, capsys):
+    threads = torch.get_num_threads()
     assert main(["doctor"]) == 0
+    assert torch.get_num_threads() == threads
     out = capsys.readouterr().out
     assert f"torch {torch.__version__}" in out
     assert "every operator, forward and backward:" in out

@@ -152,7 +152,8 @@ class Call:
     def check(self) -> Iterator[Check]:
         """Compare forward, backward and, where it is another, the deterministic backward with float64."""
         device = self.grad_output.device
-        expected = self._truth()
+        with _one_thread():
+            expected = self._truth()
         parts: list[tuple[str, Callable[[], Sequence[Tensor]], list[Tensor]]]
         parts = [(FORWARD, self.forward, expected[:1]), (BACKWARD, self.backward, expected[1:])]
         if _has_bins(device):
@@ -199,6 +200,17 @@ def _has_bins(device: torch.device) -> bool:
     from visionkernels.ops.deformable_attention.plan import has_warp_instructions
 
     return has_warp_instructions(device)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For many small operators, which several threads make slower where other programs take the cores too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager
