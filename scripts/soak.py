@@ -64,17 +64,20 @@ def soak(seconds: float, device: torch.device, dice: random.Random) -> tuple[int
     count, wrong = 0, []
     memory: dict[str, list[int]] = {"memory of the process": []}
     start = time.monotonic()
-    while (passed := time.monotonic() - start) < seconds:
+    while time.monotonic() - start < seconds:
         for call in calls(draw(dice), dice.choice(list(DTYPES)), device):
             wrong += faults(call)
             count += 1 + REPETITIONS
         del call
-        if passed > WARM_UP * seconds:
+        if time.monotonic() - start > WARM_UP * seconds:  # so that there is a figure even where one call takes all
             memory["memory of the process"].append(resident())
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
                 memory.setdefault("held by PyTorch on the GPU", []).append(torch.cuda.memory_allocated(device))
-        show(passed / seconds, f"{count} calls, {len(wrong)} wrong, {resident() / 2**20:.0f} MiB")
+        show(
+            min(1.0, (time.monotonic() - start) / seconds),
+            f"{count} calls, {len(wrong)} wrong, {resident() / 2**20:.0f} MiB",
+        )
     show(None, "")
     return count, memory, wrong
 
