@@ -8,8 +8,9 @@ from types import ModuleType
 
 import pytest
 
+import visionkernels
 from visionkernels.cli import main
-from visionkernels.integrations import table
+from visionkernels.integrations import layouts, mmcv, table
 from visionkernels.integrations.table import Row
 
 LONG = "from visionkernels.integrations.somewhere import SomethingWithAName, another_thing_with_a_name"
@@ -78,6 +79,25 @@ def test_what_would_be_replaced_in_a_checkpoint(capsys, tmp_path):
     assert captured.out == ""
     assert captured.err.startswith("visionkernels: error: ")
     assert captured.err.count("\n") == 1
+
+
+def test_every_line_that_switches_on_can_be_copied(monkeypatch):
+    """It runs, with stand-ins for the projects that are not installed and for the functions that change anything."""
+    done = []
+    for name in ("patch", "install_extension"):
+        monkeypatch.setattr(visionkernels, name, lambda *arguments, name=name: done.append((name, *arguments)))
+    monkeypatch.setattr(mmcv, "install", lambda: done.append(("mmcv",)))
+    for name in ("rfdetr.models.ops.modules.ms_deform_attn", "src.zoo.dfine.dfine_decoder"):
+        parts = name.split(".")
+        for count in range(1, len(parts) + 1):
+            package = ".".join(parts[:count])
+            monkeypatch.setitem(sys.modules, package, ModuleType(package))
+    for row in table.rows():
+        exec(row.switch_on, {"visionkernels": visionkernels, "model": "model"})
+    assert {("patch", "model"), ("install_extension",), ("install_extension", "detrex._C"), ("mmcv",)} <= set(done)
+    replaced = sys.modules["rfdetr.models.ops.modules.ms_deform_attn"].ms_deform_attn_core_pytorch
+    assert replaced is layouts.rf_detr_core
+    assert sys.modules["src.zoo.dfine.dfine_decoder"].deformable_attention_core_func_v2 is layouts.d_fine_core
 
 
 def test_every_file_with_rows_is_in_the_table():

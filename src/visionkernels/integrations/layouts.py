@@ -34,13 +34,15 @@ ROWS = (
         "RF-DETR (rfdetr)",
         "1.4.1 and 1.11.2",
         "ms_deform_attn_core_pytorch",
-        "rfdetr.models.ops.modules.ms_deform_attn.ms_deform_attn_core_pytorch = rf_detr_core",
+        "from rfdetr.models.ops.modules import ms_deform_attn; from visionkernels.integrations import layouts; "
+        "ms_deform_attn.ms_deform_attn_core_pytorch = layouts.rf_detr_core",
     ),
     Row(
         "D-FINE",
         "4a1f73a (2025-04)",
         "deformable_attention_core_func_v2",
-        "src.zoo.dfine.dfine_decoder.deformable_attention_core_func_v2 = d_fine_core, before the model is built",
+        "from src.zoo.dfine import dfine_decoder; from visionkernels.integrations import layouts; "
+        "dfine_decoder.deformable_attention_core_func_v2 = layouts.d_fine_core  # before the model is built",
     ),
     Row(
         "msda-triton",

@@ -34,7 +34,7 @@ ROWS = (
         "mmcv",
         "2.2.0 (a8073c7)",
         "MultiScaleDeformableAttnFunction, multi_scale_deformable_attn_pytorch, MultiScaleDeformableAttention.forward",
-        "visionkernels.integrations.mmcv.install()",
+        "from visionkernels.integrations import mmcv; mmcv.install()",
     ),
 )
 

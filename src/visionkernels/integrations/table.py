@@ -14,7 +14,7 @@ class Row:
         upstream: the project, and the model where it has several.
         versions: the upstream versions that it is tested with.
         replaces: what is replaced, as upstream calls it.
-        switch_on: the line that switches it on.
+        switch_on: the line that switches it on, to be copied, under `import visionkernels`.
     """
 
     upstream: str
