@@ -173,6 +173,22 @@ def test_what_was_replaced_after_patch_is_not_overwritten(change):
         vk.unpatch(model)
 
 
+def test_what_a_hook_leaves_when_it_comes_off_is_no_obstacle():
+    """As accelerate's: it keeps the bound `forward`, and puts that into the instance in the end."""
+    model = Attention()
+    before = dict(model.__dict__)
+    vk.patch(model)
+    forward = model.forward
+    model.forward = lambda *args: forward(*args)
+    with pytest.raises(RuntimeError, match="was replaced by something else after patch"):
+        vk.unpatch(model)
+    model.forward = forward
+    vk.unpatch(model)
+    assert model.__dict__ == before
+    assert type(model) is Attention
+    assert result(model) == 2
+
+
 @pytest.mark.parametrize("cls", [Decorated, WithSuper])
 def test_a_forward_that_cannot_be_compiled_once_more_is_refused(cls, monkeypatch):
     monkeypatch.setattr(integrations, "_TABLE", (dataclasses.replace(ROW, class_name=cls.__name__),))

@@ -129,6 +129,7 @@ class ClassPatch:
         """Move `module` back."""
         module.__class__ = self.original
         del module.__dict__[_MARK]
+        module.__dict__.pop("forward", None)  # of the class that it leaves
 
     def is_intact(self, module: nn.Module) -> bool:
         """Whether nobody has replaced the class or its `forward` since."""

@@ -92,7 +92,9 @@ def _make_class(cls: Any, forward: Callable[..., Any], name: str, replacement: C
 
 def is_rebound(module: nn.Module) -> bool:
     """Whether the module is of a class that `rebound_class` made, and its `forward` is that class's."""
-    return _UPSTREAM in vars(type(module)) and "forward" not in module.__dict__
+    cls: Any = type(module)
+    own = module.__dict__.get("forward", cls.forward)  # accelerate's hooks leave the class's, bound, when they come off
+    return _UPSTREAM in vars(cls) and getattr(own, "__func__", own) is cls.forward
 
 
 def _new(cls: type, name: str, replacement: Callable[..., Any]) -> nn.Module:
