@@ -11,7 +11,7 @@ from visionkernels.integrations._report import PatchReport
 
 __all__ = ["PatchReport", "patch", "patched", "unpatch"]
 
-_TABLE = (*_transformers.INTEGRATIONS,)  # the tables of further upstream projects are added here
+_TABLE = _transformers.INTEGRATIONS  # other upstream projects are switched on as a whole, by functions of their own
 
 
 def patch(model: nn.Module) -> PatchReport:
@@ -20,8 +20,8 @@ def patch(model: nn.Module) -> PatchReport:
     Works on the instance: other models, and the classes and functions of transformers, stay as they are. So do
     parameters, buffers and the state dict, and `save_pretrained` writes the same checkpoint. A copy of a
     patched model is patched as well. A second call replaces nothing and reports the modules as patched
-    before. A user's subclass counts like the class it derives from, unless it overrides `forward`: then it
-    is left alone, and the report says so.
+    before. A user's subclass counts like the class it derives from. What has a `forward` of its own instead,
+    by its class or set on the module, as accelerate's hooks are, is left alone, and the report says so.
 
     What is exchanged is the operator alone, and upstream's own code runs around it. It is a module without
     parameters in Deformable DETR, Grounding DINO, MM Grounding DINO, LW-DETR, OmDet-Turbo, PP-DocLayoutV2 to V4,

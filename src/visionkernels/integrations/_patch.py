@@ -13,6 +13,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any, Literal
 
 from torch import nn
@@ -218,8 +219,20 @@ def check_is_module(model: object) -> None:
 def _overrides_forward(module: nn.Module, cls: type, row: Integration) -> bool:
     if type(module).forward is not cls.forward:  # type: ignore[attr-defined]
         return True
-    # A whole `forward` of an instance's own does more than call the operator: it is kept.
-    return row.place == "global" and "forward" in module.__dict__
+    own = module.__dict__.get("forward")
+    if own is None or row.place == "attribute":  # that is exchanged under any `forward`
+        return False
+    # A user's own, or a hook of accelerate, does more than call the operator: it is kept.
+    return row.place == "global" or not _is_method_of_layer(own, module, row.class_name)
+
+
+def _is_method_of_layer(own: Any, module: nn.Module, class_name: str) -> bool:
+    """Whether `own` is the `forward` of a class of that name, bound to `module`, as `kernels.kernelize` sets it.
+
+    A hook of accelerate leaves the like behind when it comes off.
+    """
+    name = getattr(getattr(own, "__func__", None), "__qualname__", None)
+    return isinstance(own, MethodType) and own.__self__ is module and name == f"{class_name}.forward"
 
 
 def _make_patch(module: nn.Module, row: Integration) -> Patch:
