@@ -4,7 +4,9 @@ import copy
 import dataclasses
 import inspect
 import pickle
+import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 
 import visionkernels as vk
 from visionkernels import integrations
+from visionkernels.integrations import _rebind
 from visionkernels.integrations._patch import Integration
 from visionkernels.integrations._rebind import rebind
 
@@ -102,6 +105,20 @@ def test_a_second_patch_changes_nothing():
     other = Attention()
     vk.patch(other)
     assert type(other) is kind  # one class, so that a compiled graph serves both
+
+
+def test_threads_that_patch_at_once_make_one_class(monkeypatch):
+    def slowly(*arguments):
+        time.sleep(0.05)
+        return rebind(*arguments)
+
+    monkeypatch.setattr(_rebind, "rebind", slowly)
+    _rebind._make_class.cache_clear()
+    models = [Attention() for _ in range(4)]
+    with ThreadPoolExecutor(len(models)) as pool:
+        reports = list(pool.map(vk.patch, models))
+    assert [len(report) for report in reports] == [1] * len(models)
+    assert len({type(model) for model in models}) == 1
 
 
 def test_other_names_are_looked_up_at_each_call(monkeypatch):

@@ -13,6 +13,7 @@ import __future__
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable
 from types import CodeType, FunctionType
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 from torch import nn
 
 _UPSTREAM = "_visionkernels_upstream"  # in a subclass made here: the class that it stands in for
+_LOCK = threading.Lock()  # `functools.cache` may call its function once for each thread
 
 
 def rebind(function: Callable[..., Any], name: str, replacement: Callable[..., Any]) -> FunctionType:
@@ -75,7 +77,8 @@ def rebound_class(cls: type, name: str, replacement: Callable[..., Any]) -> type
     Raises:
         RuntimeError: as for `rebind`.
     """
-    return _make_class(cls, cls.forward, name, replacement)  # type: ignore[attr-defined]
+    with _LOCK:
+        return _make_class(cls, cls.forward, name, replacement)  # type: ignore[attr-defined]
 
 
 @functools.cache
