@@ -6,6 +6,7 @@ function, module and test files run unchanged. TrackFormer's older extension is 
 both forms are taken, by the number of arguments.
 """
 
+import itertools
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -36,8 +37,33 @@ ROWS = (
 )
 
 
-class _Extension(ModuleType):
-    """What `install_extension` puts into `sys.modules`; the type tells it from a compiled extension."""
+class _Finder:
+    """What `install_extension` puts into `sys.meta_path`: finds the one module, and loads it by handing it out.
+
+    An import through it also makes the module an attribute of the package that it is in, whenever that is imported.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.module = ModuleType(name, f"Stands in for the compiled extension {name}: the operators of visionkernels.")
+        self.module.__spec__ = ModuleSpec(name, self, origin="visionkernels")  # type: ignore[arg-type]
+        vars(self.module).update(
+            ms_deform_attn_forward=ms_deform_attn_forward, ms_deform_attn_backward=ms_deform_attn_backward
+        )
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        return self.module.__spec__ if name == self.module.__name__ else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self.module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing is left to do."""
+
+
+def _installed(name: str) -> _Finder | None:
+    """The finder of this module, unless something else has been imported under its name."""
+    finders = (one for one in sys.meta_path if isinstance(one, _Finder) and one.module.__name__ == name)
+    return next((one for one in finders if sys.modules.get(name, one.module) is one.module), None)
 
 
 def install_extension(name: str = NAME, *, replace: bool = False) -> ModuleType:
@@ -57,7 +83,8 @@ def install_extension(name: str = NAME, *, replace: bool = False) -> ModuleType:
     Raises:
         TypeError: `name` is no string.
         ValueError: `name` is no module name.
-        RuntimeError: a compiled extension of that name is imported already, or is installed and `replace` is False.
+        RuntimeError: a compiled extension of that name is imported already, or is installed and `replace` is False;
+            or the import of that name is blocked.
 
     Source:
         `models/ops` of Deformable-DETR.
@@ -78,12 +105,31 @@ def install_extension(name: str = NAME, *, replace: bool = False) -> ModuleType:
     parent_name, _, child = name.rpartition(".")
     if not all(part.isidentifier() for part in name.split(".")):
         raise ValueError(f"name: expected the name of a module, such as {NAME!r}, got {name!r}")
-    found = sys.modules.get(name)
-    if isinstance(found, _Extension):
-        return found
+    installed = _installed(name)
+    if installed is not None:
+        return installed.module
+    _check_is_free(name, replace)
     parent = sys.modules.get(parent_name)
-    if name in sys.modules or (parent is not None and hasattr(parent, child)):
-        origin = getattr(found, "__file__", None) or "an unknown file"
+    finder = _Finder(name)
+    sys.meta_path.insert(0, finder)
+    if not parent_name or parent is not None:  # a package that is imported later asks the finder
+        sys.modules[name] = finder.module
+    if parent is not None:
+        setattr(parent, child, finder.module)
+    return finder.module
+
+
+def _check_is_free(name: str, replace: bool) -> None:
+    """Raise a RuntimeError where `install_extension` would shadow something, or could not work."""
+    for part in itertools.accumulate(name.split("."), "{}.{}".format):
+        if part in sys.modules and sys.modules[part] is None:
+            raise RuntimeError(
+                f"the import of {part} is blocked: sys.modules[{part!r}] is None; delete that entry before "
+                "install_extension()"
+            )
+    parent_name, _, child = name.rpartition(".")
+    if name in sys.modules or hasattr(sys.modules.get(parent_name), child):
+        origin = getattr(sys.modules.get(name), "__file__", None) or "an unknown file"
         raise RuntimeError(
             f"{name} is imported already, from {origin}, and code may hold its functions; "
             "call install_extension() at the start of the program, before anything imports it"
@@ -93,11 +139,6 @@ def install_extension(name: str = NAME, *, replace: bool = False) -> ModuleType:
         raise RuntimeError(
             f"{name} is installed at {spec.origin}; uninstall it, or pass replace=True to use this package's instead"
         )
-    module = _make_module(name)
-    sys.modules[name] = module
-    if parent is not None:
-        setattr(parent, child, module)
-    return module
 
 
 def uninstall_extension(name: str = NAME) -> None:
@@ -118,13 +159,14 @@ def uninstall_extension(name: str = NAME) -> None:
         >>> "MultiScaleDeformableAttention" in sys.modules
         False
     """
-    module = sys.modules.get(name)
-    if not isinstance(module, _Extension):
+    finder = _installed(name)
+    if finder is None:
         raise ValueError(f"name: expected a module that install_extension() has put in place, but {name!r} is not one")
-    del sys.modules[name]
+    sys.meta_path.remove(finder)
+    sys.modules.pop(name, None)
     parent_name, _, child = name.rpartition(".")
     parent = sys.modules.get(parent_name)
-    if parent is not None and getattr(parent, child, None) is module:
+    if parent is not None and getattr(parent, child, None) is finder.module:
         delattr(parent, child)
 
 
@@ -218,13 +260,6 @@ def _arguments(function: str, names: str, arguments: tuple[Any, ...]) -> tuple[A
     if len(arguments) != expected:
         raise TypeError(f"{function} takes ({names}), or the same without level_start_index; got {len(arguments)}")
     return arguments
-
-
-def _make_module(name: str) -> ModuleType:
-    module = _Extension(name, f"Stands in for the compiled extension {name}: the operators of visionkernels.")
-    module.__spec__ = ModuleSpec(name, None, origin="visionkernels")  # `importlib.util.find_spec` asks for one
-    vars(module).update(ms_deform_attn_forward=ms_deform_attn_forward, ms_deform_attn_backward=ms_deform_attn_backward)
-    return module
 
 
 def _find_spec(name: str) -> ModuleSpec | None:
