@@ -71,7 +71,9 @@ def test_what_would_be_replaced_in_a_checkpoint(capsys, tmp_path):
     transformers = pytest.importorskip("transformers")
     transformers.RTDetrV2Config(decoder_layers=1).save_pretrained(tmp_path)
     assert main(["integrations", "--model", str(tmp_path)]) == 0
-    assert "decoder.layers.0.encoder_attn" in capsys.readouterr().out
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "RTDetrV2Model: 1 module would be replaced"
+    assert second.split()[0] == "decoder.layers.0.encoder_attn"
     assert main(["integrations", "--json", "--model", str(tmp_path)]) == 0
     assert json.loads(capsys.readouterr().out)["replaced"][0]["name"] == "decoder.layers.0.encoder_attn"
     assert main(["integrations", "--model", str(tmp_path / "nowhere")]) == 2

@@ -230,7 +230,7 @@ def _run_integrations(args: argparse.Namespace) -> None:
         from visionkernels.integrations.preview import would_patch
 
         report = would_patch(args.model)
-        print(json.dumps(asdict(report), indent=2) if args.json else report)
+        print(json.dumps(asdict(report), indent=2) if args.json else report.describe("would be replaced"))
     elif args.json:
         print(json.dumps([asdict(row) for row in table.rows()], indent=2))
     else:

@@ -45,7 +45,11 @@ class PatchReport:
         return len(self.replaced)
 
     def __str__(self) -> str:
-        head = f"{self.model}: {len(self)} module{'' if len(self) == 1 else 's'} replaced"
+        return self.describe("replaced")
+
+    def describe(self, verb: str) -> str:
+        """Return the table, with what was done to the modules in words: "replaced", "would be replaced"."""
+        head = f"{self.model}: {len(self)} module{'' if len(self) == 1 else 's'} {verb}"
         head += f", {len(self.already)} patched before" if self.already else ""
         rows = [(one.name, str(one)) for one in self.replaced]
         rows += [(name, "left alone: its forward is overridden") for name in self.skipped]
