@@ -4,13 +4,13 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 import visionkernels
 from visionkernels.cli import main
-from visionkernels.integrations import layouts, mmcv, table
+from visionkernels.integrations import kernels_hub, layouts, mmcv, table
 from visionkernels.integrations.table import Row
 
 LONG = "from visionkernels.integrations.somewhere import SomethingWithAName, another_thing_with_a_name"
@@ -89,14 +89,19 @@ def test_every_line_that_switches_on_can_be_copied(monkeypatch):
     for name in ("patch", "install_extension"):
         monkeypatch.setattr(visionkernels, name, lambda *arguments, name=name: done.append((name, *arguments)))
     monkeypatch.setattr(mmcv, "install", lambda: done.append(("mmcv",)))
+    monkeypatch.setattr(kernels_hub, "register", lambda: done.append(("kernels",)))
+    model = SimpleNamespace(set_use_kernels=lambda use: done.append(("use_kernels", use)))
     for name in ("rfdetr.models.ops.modules.ms_deform_attn", "src.zoo.dfine.dfine_decoder"):
         parts = name.split(".")
         for count in range(1, len(parts) + 1):
             package = ".".join(parts[:count])
             monkeypatch.setitem(sys.modules, package, ModuleType(package))
     for row in table.rows():
-        exec(row.switch_on, {"visionkernels": visionkernels, "model": "model"})
-    assert {("patch", "model"), ("install_extension",), ("install_extension", "detrex._C"), ("mmcv",)} <= set(done)
+        exec(row.switch_on, {"visionkernels": visionkernels, "model": model})
+    for call in (("patch", model), ("install_extension",), ("install_extension", "detrex._C"), ("mmcv",)):
+        assert call in done
+    at = done.index(("kernels",))
+    assert done[at + 1] == ("use_kernels", True)
     replaced = sys.modules["rfdetr.models.ops.modules.ms_deform_attn"].ms_deform_attn_core_pytorch
     assert replaced is layouts.rf_detr_core
     assert sys.modules["src.zoo.dfine.dfine_decoder"].deformable_attention_core_func_v2 is layouts.d_fine_core

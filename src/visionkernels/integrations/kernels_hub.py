@@ -11,9 +11,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from visionkernels.integrations.table import Row
 from visionkernels.integrations.transformers import multi_scale_deformable_attention_forward
 
 LAYER_NAME = "MultiScaleDeformableAttention"  # transformers' name of the hook
+
+_SWITCH = "from visionkernels.integrations import kernels_hub; kernels_hub.register(); model.set_use_kernels(True)"
+
+ROWS = tuple(
+    Row("transformers: use_kernels (optional)", versions, f"the layer {LAYER_NAME}", _SWITCH)
+    for versions in ("5.17 with kernels 0.16", "5.18 to 5.22 with kernels 0.17")
+)
 
 
 class MultiScaleDeformableAttention(nn.Module):

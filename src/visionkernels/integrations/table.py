@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from importlib import import_module
 
-_FILES = ("transformers", "deformable_detr", "mmcv", "detrex", "layouts")  # each has ROWS
+_FILES = ("transformers", "kernels_hub", "deformable_detr", "mmcv", "detrex", "layouts")  # each has ROWS
 
 
 @dataclass(frozen=True)
