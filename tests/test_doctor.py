@@ -107,6 +107,55 @@ def test_an_operator_that_fails(two_calls, monkeypatch, capsys, broken, message)
     assert message in " ".join(capsys.readouterr().out.split())
 
 
+def out_of_memory(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB\nand more")
+
+
+@pytest.mark.parametrize("where", ["calls", "reference_ms_deform_attn"])
+def test_a_device_without_memory_for_the_check(two_calls, monkeypatch, capsys, where):
+    monkeypatch.setattr(_doctor_check, where, out_of_memory)
+    assert main(["doctor"]) == 1
+    captured = capsys.readouterr()
+    failed = 4 if where == "calls" else 2
+    assert f"{failed} of 4 checks against float64 failed" in captured.out
+    assert "decoder, fp32: OutOfMemoryError: CUDA out of memory." in " ".join(captured.out.split())
+    assert captured.err == ""
+
+
+def test_one_dtype_without_memory(monkeypatch, capsys):
+    """The table has a row for every direction of every operator, in each dtype."""
+    monkeypatch.setattr(_doctor_check, "_workloads", lambda device: (_doctor_check.DECODER,))
+    monkeypatch.setattr(_doctor_check, "_has_bins", lambda device: True)
+    calls = _doctor_check.calls
+    monkeypatch.setattr(
+        _doctor_check, "calls", lambda w, name, d: (out_of_memory if name == "fp32" else calls)(w, name, d)
+    )
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "6 of 18 checks against float64 failed" in out
+    assert "fused deterministic backward" in out
+
+
+def test_a_device_that_cannot_say_its_paths(two_calls, monkeypatch, capsys):
+    monkeypatch.setattr(_doctor_paths, "paths", out_of_memory)
+    assert main(["doctor"]) == 0  # the numbers are right
+    out = " ".join(capsys.readouterr().out.split())
+    assert "forward and backward: unknown (OutOfMemoryError: CUDA out of memory. Tried to allocate 2 MiB)" in out
+
+
+@pytest.mark.gpu
+def test_a_full_gpu(capsys):
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1e-9)
+    try:
+        assert main(["doctor"]) == 1
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "unknown (OutOfMemoryError: CUDA out of memory." in out
+    assert "wrong: cuda:0, ms_deform_attn, forward, decoder, fp32: OutOfMemoryError: CUDA out of memory." in out
+
+
 def test_one_wrong_number_of_many_is_found():
     right = torch.randn(100_000, dtype=torch.float64)
     wrong = right.clone()
@@ -158,10 +207,12 @@ def test_a_bar_in_a_terminal(two_calls, monkeypatch, capsys):
 def test_a_gpu_without_triton(monkeypatch):
     registration._launch.cache_clear()
     monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "visionkernels.ops.deformable_attention.plan", raising=False)
     found = _doctor_paths.paths(torch.device("cuda", 0))
     registration._launch.cache_clear()
     assert {path.takes for path in found} == {"none"}
     assert "install it with `pip install triton`" in found[0].why
+    assert not _doctor_check._has_bins(torch.device("cuda", 0))  # which would ask Triton
 
 
 @pytest.mark.parametrize("warps", [False, True], ids=["any-gpu", "warps"])

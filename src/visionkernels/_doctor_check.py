@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from visionkernels._doctor_paths import OPERATORS
 from visionkernels.bench.correctness import limit
 from visionkernels.ops.deformable_attention import op
 from visionkernels.ops.deformable_attention.reference import (
@@ -89,9 +91,31 @@ def check(device: torch.device, started: Callable[[str], None]) -> Iterator[Chec
     """
     for workload in _workloads(device):
         for name in DTYPES:
-            for call in calls(workload, name, device):
+            try:
+                found = calls(workload, name, device)
+            except Exception as problem:  # noqa: BLE001 — such as a GPU without memory
+                for operator in OPERATORS:
+                    started(f"{device} {operator} {workload.name} {name}")
+                    yield from _all_failed(device, operator, workload, name, problem)
+                continue
+            for call in found:
                 started(f"{device} {call.operator} {workload.name} {name}")
                 yield from call.check()
+
+
+def describe(problem: Exception) -> str:
+    """Name an exception, with the first line of what it says."""
+    lines = str(problem).strip().splitlines() or [""]
+    return f"{type(problem).__name__}: {lines[0][:300]}"
+
+
+def _all_failed(
+    device: torch.device, operator: str, workload: Workload, dtype: str, problem: Exception
+) -> Iterator[Check]:
+    """The checks of a call that could not be made."""
+    for direction in (FORWARD, BACKWARD, *([DETERMINISTIC] if _has_bins(device) else [])):
+        place = (str(device), operator, direction, dtype, workload.name)
+        yield Check(*place, None, limit(DTYPES[dtype]), describe(problem))
 
 
 def _workloads(device: torch.device) -> tuple[Workload, ...]:
@@ -152,8 +176,12 @@ class Call:
     def check(self) -> Iterator[Check]:
         """Compare forward, backward and, where it is another, the deterministic backward with float64."""
         device = self.grad_output.device
-        with _one_thread():
-            expected = self._truth()
+        try:
+            with _one_thread():
+                expected = self._truth()
+        except Exception as problem:  # noqa: BLE001 — such as a GPU without memory
+            yield from _all_failed(device, self.operator, self.workload, self.dtype, problem)
+            return
         parts: list[tuple[str, Callable[[], Sequence[Tensor]], list[Tensor]]]
         parts = [(FORWARD, self.forward, expected[:1]), (BACKWARD, self.backward, expected[1:])]
         if _has_bins(device):
@@ -165,8 +193,7 @@ class Call:
                 errors = [largest_error(mine, other) for mine, other in zip(run(), right, strict=True)]
                 error = max(errors) if all(map(math.isfinite, errors)) else math.nan
             except Exception as problem:  # noqa: BLE001 — whatever an operator raises belongs into the report
-                lines = str(problem).strip().splitlines() or [""]
-                failed = f"{type(problem).__name__}: {lines[0][:300]}"
+                failed = describe(problem)
             if error is not None and not math.isfinite(error):
                 error, failed = None, "the result holds NaN or infinity where float64 does not"
             place = (str(device), self.operator, direction, self.dtype, self.workload.name)
@@ -196,6 +223,8 @@ class Call:
 def _has_bins(device: torch.device) -> bool:
     """Whether there is a deterministic gradient of value apart from the usual one."""
     if device.type == "cpu":  # the usual one is deterministic
+        return False
+    if importlib.util.find_spec("triton") is None:  # there is no gradient at all, and the other checks say so
         return False
     from visionkernels.ops.deformable_attention.plan import has_warp_instructions
 

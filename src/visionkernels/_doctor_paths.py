@@ -17,6 +17,7 @@ WORKLOADS = {"encoder": CASES["encoder-n1"], "decoder": CASES["decoder-n1"]}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
 FORWARD, VALUE, POINTS = "forward", "gradient of value", "gradients of points and weights"
 DETERMINISTIC = "gradient of value, deterministic"
+_CALLS = [(o, w, d) for o in OPERATORS for w in WORKLOADS for d in DTYPES]
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,22 @@ class Path:
 
 def paths(device: torch.device) -> list[Path]:
     """The paths of every operator, workload and dtype on a device; nothing is computed there."""
-    calls = [(o, w, d) for o in OPERATORS for w in WORKLOADS for d in DTYPES]
     if device.type == "cpu":
-        takes, why = _cpu_path()
-        return [Path(o, part, w, d, takes, why) for o, w, d in calls for part in (FORWARD, VALUE, POINTS)]
+        return _everywhere(*_cpu_path())
     try:
         launch = registration._launch()
     except RuntimeError as error:  # no Triton: its message says what to do
-        return [Path(o, part, w, d, "none", str(error)) for o, w, d in calls for part in (FORWARD, VALUE, POINTS)]
-    return [path for call in calls for path in _gpu_paths(launch, device, *call)]
+        return _everywhere("none", str(error))
+    return [path for call in _CALLS for path in _gpu_paths(launch, device, *call)]
+
+
+def unknown(why: str) -> list[Path]:
+    """The paths of a device on which ``paths`` raises ``why``."""
+    return _everywhere("unknown", why)
+
+
+def _everywhere(takes: str, why: str) -> list[Path]:
+    return [Path(o, part, w, d, takes, why) for o, w, d in _CALLS for part in (FORWARD, VALUE, POINTS)]
 
 
 def _cpu_path() -> tuple[str, str]:

@@ -101,7 +101,11 @@ def _look_at(device: torch.device) -> Device:
     capability = None
     if device.type == "cuda":
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-    return Device(str(device), environment(device, _PACKAGES), capability, _doctor_paths.paths(device))
+    try:
+        paths = _doctor_paths.paths(device)
+    except Exception as problem:  # noqa: BLE001 — such as a GPU without memory; what it says belongs into the report
+        paths = _doctor_paths.unknown(_doctor_check.describe(problem))
+    return Device(str(device), environment(device, _PACKAGES), capability, paths)
 
 
 def _no_gpu() -> str | None:
