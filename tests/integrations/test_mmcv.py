@@ -195,8 +195,20 @@ def test_what_the_modules_refuse():
         call(module, {**given, "references": None}, SHAPES, False)
     with pytest.raises(ValueError, match=r"query must have three axes, got \[5, 24\]"):
         call(module, {**given, "query": given["query"][0]}, SHAPES, True)
+    with pytest.raises(ValueError, match=r"value must have three axes, got \[31, 24\]"):
+        call(module, {**given, "value": given["value"][0]}, SHAPES, True)
     with pytest.raises(ValueError, match="spatial_shapes"):
         call(module, given, SHAPES[:1], False)
+
+
+@pytest.mark.parametrize("kind", ["mmcv", "detrex"])
+@pytest.mark.parametrize("name", ["query", "value", "identity", "residual", "query_pos", "key_padding_mask"])
+@pytest.mark.parametrize("wrong", [[1.0, 2.0], 3, "tensor"], ids=["list", "number", "string"])
+def test_an_argument_that_is_no_tensor(kind, name, wrong):
+    given = inputs()
+    arguments = {"query": given["query"], "value": given["value"], name: wrong}
+    with pytest.raises(TypeError, match=f"^{name.replace('residual', 'identity')} must be a tensor, got "):
+        build(kind, batch_first=True)(**arguments, reference_points=given["references"], spatial_shapes=SHAPES)
 
 
 def test_the_modules_compile_whole(device):

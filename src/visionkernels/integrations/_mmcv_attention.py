@@ -43,17 +43,15 @@ def attend(
         Shaped like `query`: the attention after dropout, plus `identity`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `fused_ms_deform_attn`; `key_padding_mask` is not bool.
+        TypeError, ValueError, RuntimeError: as `fused_ms_deform_attn`; an argument is no tensor, query or value has not
+            three axes, `key_padding_mask` is not bool.
     """
-    if query.dim() != 3:
-        raise ValueError(f"query must have three axes, got {list(query.shape)}")
-    if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
-        raise TypeError(f"key_padding_mask must be bool, True where padded, got {key_padding_mask.dtype}")
     if reference_points is None or spatial_shapes is None:
         raise TypeError("reference_points and spatial_shapes must be given, got None")
     value = query if value is None else value
     identity = kwargs.get("residual") if identity is None else identity
     identity = query if identity is None else identity
+    _check_tensors(query=query, value=value, identity=identity, query_pos=query_pos, key_padding_mask=key_padding_mask)
     query = query if query_pos is None else query + query_pos
     if not self.batch_first:
         query, value = query.transpose(0, 1), value.transpose(0, 1)
@@ -70,6 +68,22 @@ def attend(
     if not self.batch_first:
         output = output.transpose(0, 1)
     return self.dropout(output) + identity
+
+
+def _check_tensors(
+    query: Tensor, value: Tensor, identity: Tensor, query_pos: Tensor | None, key_padding_mask: Tensor | None
+) -> None:
+    """What the lines of `attend` need; the operator checks sizes, dtypes and devices."""
+    given = {"query": query, "value": value, "identity": identity}
+    given |= {} if query_pos is None else {"query_pos": query_pos}
+    given |= {} if key_padding_mask is None else {"key_padding_mask": key_padding_mask}
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if name in ("query", "value") and tensor.dim() != 3:
+            raise ValueError(f"{name} must have three axes, got {list(tensor.shape)}")
+    if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
+        raise TypeError(f"key_padding_mask must be bool, True where padded, got {key_padding_mask.dtype}")
 
 
 class MultiScaleDeformableAttention(nn.Module):
