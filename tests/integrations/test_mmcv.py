@@ -1,98 +1,30 @@
-"""mmcv's and detrex's names, against their semantics written out here; and an installed mmcv, for which a package with
-the same structure stands in: the names, signatures and re-exports of mmcv 2.2.0, and nothing compiled.
-"""
+"""mmcv's and detrex's names, against their semantics written out."""
 
-import copy
 import doctest
-import functools
 import inspect
 import math
-import sys
-import types
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
+from integrations.mmcv_semantics import (
+    LQ,
+    PIXELS,
+    SHAPES,
+    C,
+    L,
+    M,
+    N,
+    P,
+    call,
+    compare,
+    inputs,
+    leaves,
+    redrawn,
+    sample,
+    semantics,
+)  # fmt: skip
 
 from visionkernels.integrations import _mmcv_attention, detrex, mmcv
-
-SHAPES = [(3, 7), (5, 2)]  # no level is a square
-PIXELS = 31
-N, LQ, M, L, P, C = 3, 5, 4, 2, 3, 24
-
-
-def sample(value, shapes, locations, weights):
-    """The attention with `grid_sample`: value `[N, S, M, D]`, locations `[N, Lq, M, L, P, 2]`."""
-    total, start = 0, 0
-    for level, (h, w) in enumerate(shapes):
-        h, w = int(h), int(w)
-        image = value[:, start : start + h * w].permute(0, 2, 3, 1).reshape(-1, value.shape[3], h, w)
-        grid = locations[:, :, :, level].transpose(1, 2).flatten(0, 1) * 2 - 1
-        sampled = F.grid_sample(image, grid.to(image), align_corners=False).unflatten(0, (value.shape[0], -1))
-        total = total + (sampled * weights[:, :, :, level].transpose(1, 2)[:, :, None]).sum(-1)
-        start += h * w
-    return total.permute(0, 3, 1, 2).flatten(2)
-
-
-def semantics(module, query, value=None, identity=None, query_pos=None, mask=None, references=None):
-    """What a call means, batch first: from query, value and parameters to the output before dropout and identity."""
-    value = query if value is None else value
-    identity = query if identity is None else identity
-    query = query if query_pos is None else query + query_pos
-    pixels = module.value_proj(value)
-    if mask is not None:
-        pixels = pixels.masked_fill(mask[..., None], 0.0)
-    pixels = pixels.view(*pixels.shape[:2], M, -1)
-    offsets = module.sampling_offsets(query).view(*query.shape[:2], M, L, P, 2)
-    weights = module.attention_weights(query).view(*query.shape[:2], M, L * P).softmax(-1).unflatten(-1, (L, P))
-    if references.shape[-1] == 2:
-        sizes = torch.tensor([(w, h) for h, w in SHAPES]).to(query)
-        locations = references[:, :, None, :, None] + offsets / sizes[:, None]
-    else:
-        boxes = references[:, :, None, :, None]
-        locations = boxes[..., :2] + offsets / P * boxes[..., 2:] * 0.5
-    return module.output_proj(sample(pixels, SHAPES, locations, weights)) + identity
-
-
-def redrawn(module):
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return module
-
-
-def inputs(device="cpu", size=2):
-    def draw(*shape):
-        return torch.randn(*shape, dtype=torch.float64).to(device)
-
-    references = torch.rand(N, LQ, L, size, dtype=torch.float64).to(device)
-    mask = torch.rand(N, PIXELS).to(device) > 0.7
-    return {
-        "query": draw(N, LQ, C), "value": draw(N, PIXELS, C), "identity": draw(N, LQ, C), "query_pos": draw(N, LQ, C),
-        "mask": mask, "references": references,
-    }  # fmt: skip
-
-
-def call(module, given, shapes, batch_first, **more):
-    """Call a module with what `inputs` made, in the module's order of axes; the output is batch first again."""
-    turned = {name: given[name] for name in ("query", "value", "identity", "query_pos") if name in given}
-    if not batch_first:
-        turned = {name: tensor.transpose(0, 1) for name, tensor in turned.items()}
-    start = torch.tensor([0, 21], device=given["query"].device)
-    output = module(
-        **turned, key=None, key_padding_mask=given.get("mask"), reference_points=given["references"],
-        spatial_shapes=shapes, level_start_index=start, **more,
-    )  # fmt: skip
-    return output if batch_first else output.transpose(0, 1)
-
-
-def compare(found, expected, parameters):
-    grad_output = torch.randn(expected.shape).to(expected)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    got = torch.autograd.grad(found, parameters, grad_output, retain_graph=True)
-    for one, other in zip(got, torch.autograd.grad(expected, parameters, grad_output), strict=True):
-        assert other.abs().max() > 1e-3
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * other.abs().max().item())
 
 
 def build(kind, **more):
@@ -218,13 +150,6 @@ def test_the_modules_compile_whole(device):
     compare(call(compiled, given, SHAPES, False), semantics(module, **given), [*module.parameters()])
 
 
-def leaves(device):
-    value = torch.randn(N, PIXELS, M, 6, dtype=torch.float64)
-    locations = torch.rand(N, LQ, M, L, P, 2, dtype=torch.float64) * 1.6 - 0.3
-    weights = torch.rand(N, LQ, M, L, P, dtype=torch.float64)
-    return [tensor.to(device).requires_grad_() for tensor in (value, locations, weights)]
-
-
 @pytest.mark.parametrize("name", ["function", "pytorch"])
 def test_the_functions(device, name):
     value, locations, weights = tensors = leaves(device)
@@ -252,144 +177,3 @@ def test_the_functions_keep_the_value_s_dtype_under_autocast(device, dtype):
 def test_the_examples_in_the_docstrings_run(module):
     results = doctest.testmod(module)
     assert (results.failed, results.attempted > 0) == (0, True)
-
-
-def renamed(function):
-    """mmcv's decorator for the older argument, which hides the signature as `functools.wraps` does."""
-
-    @functools.wraps(function)
-    def wrapper(*args, **kwargs):
-        if "residual" in kwargs:
-            kwargs["identity"] = kwargs.pop("residual")
-        return function(*args, **kwargs)
-
-    return wrapper
-
-
-STAND_IN = "mmcv.ops.multi_scale_deform_attn"
-
-
-@pytest.fixture
-def upstream(monkeypatch):
-    """A package with the structure of mmcv, in `sys.modules`. Its functions say that they were called."""
-    module = types.ModuleType(STAND_IN)
-    calls = []
-
-    class MultiScaleDeformableAttnFunction:
-        @staticmethod
-        def apply(value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights, step):
-            calls.append("apply")
-            return sample(value, value_spatial_shapes, sampling_locations, attention_weights)
-
-    def multi_scale_deformable_attn_pytorch(value, value_spatial_shapes, sampling_locations, attention_weights):
-        calls.append("pytorch")
-        return sample(value, value_spatial_shapes, sampling_locations, attention_weights)
-
-    class MultiScaleDeformableAttention(mmcv.MultiScaleDeformableAttention):  # for its constructor only
-        @renamed
-        def forward(
-            self, query, key=None, value=None, identity=None, query_pos=None, key_padding_mask=None,
-            reference_points=None, spatial_shapes=None, level_start_index=None, **kwargs,
-        ):  # fmt: skip
-            calls.append("forward")
-            query, value, identity, query_pos = (t.transpose(0, 1) for t in (query, value, identity, query_pos))
-            output = semantics(self, query, value, identity, query_pos, key_padding_mask, reference_points)
-            return output.transpose(0, 1)
-
-    class Function(MultiScaleDeformableAttention):
-        """A user's subclass, which looks the function up in mmcv's module when it is called."""
-
-        def forward(self, *tensors):
-            return module.multi_scale_deformable_attn_pytorch(*tensors)
-
-    names = (MultiScaleDeformableAttnFunction, multi_scale_deformable_attn_pytorch, MultiScaleDeformableAttention)
-    vars(module).update({one.__name__: one for one in names})
-    vars(module).update(calls=calls, registry={"MultiScaleDeformableAttention": names[2]}, Function=Function)
-    package, operators = types.ModuleType("mmcv"), types.ModuleType("mmcv.ops")
-    package.__path__ = operators.__path__ = []
-    package.ops, operators.multi_scale_deform_attn = operators, module
-    operators.MultiScaleDeformableAttention = names[2]
-    operators.multi_scale_deformable_attn_pytorch = names[1]
-    for one in (package, operators, module):
-        monkeypatch.setitem(sys.modules, one.__name__, one)
-    return module
-
-
-def state_of(upstream):
-    owners = [upstream, sys.modules["mmcv.ops"], upstream.MultiScaleDeformableAttention]
-    return [dict(vars(owner)) for owner in owners]
-
-
-def test_an_installed_mmcv_runs_the_operators_and_is_reverted_exactly(upstream):
-    module = redrawn(upstream.registry["MultiScaleDeformableAttention"](C, M, L, P, dropout=0.0).double())
-    given, before = inputs(), state_of(upstream)
-    expected = call(module, given, SHAPES, False)
-    assert upstream.calls == ["forward"]
-
-    mmcv.install()
-    mmcv.install()  # a second call does nothing
-    parameters = [*module.parameters()]
-    compare(call(module, given, SHAPES, False), expected, parameters)
-    copied = copy.deepcopy(module)
-    torch.testing.assert_close(call(copied, given, SHAPES, False), expected)
-    later = upstream.registry["MultiScaleDeformableAttention"](C, M, L, P, dropout=0.0).double()
-    later.load_state_dict(module.state_dict())
-    torch.testing.assert_close(call(later, given, SHAPES, False), expected)
-    assert upstream.calls == ["forward"]
-    assert isinstance(module, sys.modules["mmcv.ops"].MultiScaleDeformableAttention)
-
-    mmcv.uninstall()
-    assert state_of(upstream) == before
-    torch.testing.assert_close(call(copied, given, SHAPES, False), expected)
-    assert upstream.calls == ["forward", "forward"]
-
-
-def test_functions_that_are_looked_up_in_mmcv_are_the_operators(upstream):
-    value, locations, weights = tensors = leaves("cpu")
-    expected = sample(value, SHAPES, locations, weights)
-    subclass = upstream.Function(C, M, L, P)
-    mmcv.install()
-    shapes, start = torch.tensor(SHAPES), torch.tensor([0, 21])
-    compare(subclass(value, shapes, locations, weights), expected, tensors)
-    found = upstream.MultiScaleDeformableAttnFunction.apply(value, shapes, start, locations, weights, 64)
-    torch.testing.assert_close(found, expected)
-    from mmcv.ops import multi_scale_deformable_attn_pytorch  # a name that mmcv exports a second time
-
-    assert multi_scale_deformable_attn_pytorch is mmcv.multi_scale_deformable_attn_pytorch
-    mmcv.uninstall()
-    assert upstream.calls == []
-    upstream.multi_scale_deformable_attn_pytorch(value, SHAPES, locations, weights)
-    assert upstream.calls == ["pytorch"]
-
-
-def test_another_signature_is_refused_and_nothing_is_replaced(upstream):
-    cls = upstream.MultiScaleDeformableAttention
-    cls.forward = lambda self, query, value: query
-    before = state_of(upstream)
-    with pytest.raises(RuntimeError, match=r"forward takes \(self, query, value\), but its stand-in was written for"):
-        mmcv.install()
-    assert state_of(upstream) == before
-    del upstream.multi_scale_deformable_attn_pytorch
-    with pytest.raises(RuntimeError, match="has no multi_scale_deformable_attn_pytorch; use mmcv"):
-        mmcv.install()
-
-
-def test_uninstall_never_overwrites_what_somebody_else_has_put_there(upstream, monkeypatch):
-    with pytest.raises(RuntimeError, match=r"install\(\) has not been called"):
-        mmcv.uninstall()
-    mmcv.install()
-    monkeypatch.setattr(upstream, "multi_scale_deformable_attn_pytorch", sample)
-    with pytest.raises(
-        RuntimeError, match=r"multi_scale_deformable_attn_pytorch of mmcv.* was replaced by something else"
-    ):
-        mmcv.uninstall()
-    assert upstream.MultiScaleDeformableAttention.forward is _mmcv_attention.attend  # nothing was taken back
-    monkeypatch.undo()
-
-
-def test_without_mmcv_the_error_says_what_to_do(monkeypatch):
-    monkeypatch.setitem(sys.modules, "mmcv", None)
-    with pytest.raises(ModuleNotFoundError, match=r"but mmcv.* is missing; install mmcv \(not mmcv-lite\)"):
-        mmcv.install()
-    with pytest.raises(RuntimeError, match=r"install\(\) has not been called"):
-        mmcv.uninstall()
