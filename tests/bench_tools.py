@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from visionkernels.bench import correctness, timing
+from visionkernels.bench import correctness, modules, timing
 from visionkernels.bench.cases import Case, draw
 from visionkernels.bench.environment import environment
 from visionkernels.bench.measure import DTYPES
@@ -35,6 +35,11 @@ def altered(change, base="grid_sample", **options):
 def measure(provider, case=TINY, dtype="fp32"):
     inputs = draw(case, DTYPES[dtype], CPU)
     return measure_row(provider, case, dtype, inputs, correctness.Truth(case, inputs), EFFORT)
+
+
+def measure_module(provider, dtype="fp32"):
+    inputs = modules.ModuleInputs(TINY, DTYPES[dtype], CPU)
+    return modules.measure(provider, TINY, dtype, inputs, modules.ModuleTruth(TINY, inputs), EFFORT)
 
 
 def a_row(provider="visionkernels", dtype="fp16", milliseconds=0.1841, **fields):
