@@ -262,19 +262,6 @@ def test_nearest_has_no_gradient_to_the_locations(backend):
     assert weights.ne(0).any()
 
 
-def test_four_axes_as_msda_triton(device):
-    case = Case(padding_mode="border", align_corners=True)
-    img, points, weights = make_inputs(case, device)
-    found = vk.multiscale_deformable_attention(
-        img, torch.tensor(case.shapes, device=device), points, weights, "border", True
-    )
-    expected = vk.ms_deform_attn(
-        img, list(case.shapes), None, points, weights, padding_mode="border", align_corners=True
-    )
-    assert found.shape == (2, 3, 2, 4)
-    torch.testing.assert_close(found.flatten(2), expected, rtol=0, atol=1e-6)
-
-
 @st.composite
 def calls(draw):
     """Any small call: sizes of 0 and 1, levels without points, both paddings, all methods."""

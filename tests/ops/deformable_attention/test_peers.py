@@ -2,12 +2,12 @@
 
 Deformable-DETR's `models/ops/test.py` and mmcv's `test_ms_deformable_attn.py`: small inputs, head dims that are no
 powers of two, and very large ones. The Hugging Face kernel's tests: points a tenth of a pixel beside the lines where
-the derivative jumps, points outside, and levels that are not square.
+the derivative jumps, points outside, and levels that are not square. msda-triton: heads apart in the output.
 """
 
 import pytest
 import torch
-from helpers import Case, check_plain, eager_ms_deform_attn, gradients, level_sizes
+from helpers import Case, check_plain, eager_ms_deform_attn, gradients, level_sizes, make_inputs
 
 import visionkernels as vk
 
@@ -205,3 +205,16 @@ def test_a_point_a_tenth_of_a_pixel_inside_the_border_sees_a_tenth(device, h, w,
         assert gradient.flatten(0, 4)[outside].eq(0).all()
         assert gradient.flatten(0, 4)[~outside].ne(0).all()
     torch.testing.assert_close(grads[0].sum().item(), 4 * 0.01, rtol=0, atol=1e3 * torch.finfo(dtype).eps)
+
+
+def test_four_axes_as_msda_triton(device):
+    case = Case(padding_mode="border", align_corners=True)
+    img, points, weights = make_inputs(case, device)
+    found = vk.multiscale_deformable_attention(
+        img, torch.tensor(case.shapes, device=device), points, weights, "border", True
+    )
+    expected = vk.ms_deform_attn(
+        img, list(case.shapes), None, points, weights, padding_mode="border", align_corners=True
+    )
+    assert found.shape == (2, 3, 2, 4)
+    torch.testing.assert_close(found.flatten(2), expected, rtol=0, atol=1e-6)
