@@ -13,8 +13,14 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 from operator_cases import (
-    Case, level_sizes, make_fused_inputs, make_inputs, make_locations, points_of_sample, spread_references,
-)  # fmt: skip
+    Case,
+    level_sizes,
+    make_fused_inputs,
+    make_inputs,
+    make_locations,
+    points_of_sample,
+    spread_references,
+)
 from torch import Tensor
 
 from visionkernels.ops.deformable_attention.reference import (

@@ -22,7 +22,7 @@ from integrations.mmcv_semantics import (
     redrawn,
     sample,
     semantics,
-)  # fmt: skip
+)
 
 from visionkernels.integrations import _mmcv_attention, detrex, mmcv
 
