@@ -1,0 +1,164 @@
+"""What the operators of the ViT share: they are for inference, so each is registered without a derivative."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+BACKENDS = ("auto", "triton", "pytorch")
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it once too, when it is imported
+
+_library = torch.library.Library("visionkernels", "FRAGMENT")
+
+
+def register(schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define an operator without a derivative in the namespace ``visionkernels``.
+
+    Args:
+        schema: name, arguments and results, as ``torch.library`` writes them.
+        cpu: the implementation for CPU tensors.
+        cuda: the implementation for CUDA tensors.
+        fake: empty results of the right shapes, dtypes and (contiguous) strides.
+
+    Returns:
+        The operator's overload, to be called.
+    """
+    name = schema.partition("(")[0]
+
+    def no_backward(ctx: Any, *gradients: Tensor) -> None:
+        raise RuntimeError(f"visionkernels::{name} computes no gradients: call it under torch.no_grad()")
+
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, cpu, "CPU")
+    _library.impl(name, cuda, "CUDA")
+    torch.library.register_fake(f"visionkernels::{name}", fake, lib=_library)
+    torch.library.register_autograd(f"visionkernels::{name}", no_backward, lib=_library)
+    return getattr(torch.ops.visionkernels, name).default
+
+
+@cache
+def launch_of(op: str) -> ModuleType:
+    """The module ``launch`` of ``visionkernels.ops.<op>``, which imports Triton.
+
+    Raises:
+        RuntimeError: Triton is not installed.
+    """
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise RuntimeError(
+            f"{op} on CUDA tensors needs Triton, which is not installed; install it with `pip install triton`, "
+            'pass backend="pytorch", or move the tensors to the CPU'
+        ) from error
+    return import_module(f"visionkernels.ops.{op}.launch")
+
+
+def refuse_gradients(name: str, *tensors: Tensor | None, instead: str = "torch.nn.functional") -> None:
+    """Raise where autograd would want a derivative of ``name``, by one of its tensors.
+
+    Args:
+        name: the public function that is called.
+        tensors: its tensors; None for one that is not given.
+        instead: what computes the same with gradients.
+    """
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(
+            f"{name} computes no gradients: call it under torch.no_grad() or torch.inference_mode(), "
+            f"or use {instead} to train"
+        )
+    if forward_ad._current_level >= 0 and any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    ):
+        raise RuntimeError(f"{name} computes no forward-mode derivatives: use {instead} for them")
+
+
+def check_choice(name: str, choice: object, choices: Sequence[object]) -> None:
+    """An option that has to be one of a few."""
+    if choice not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(choice)}")
+
+
+def check_backend(backend: str, tensor: Tensor) -> None:
+    """``backend`` is one of ``BACKENDS`` that runs where the tensor is."""
+    check_choice("backend", backend, BACKENDS)
+    if backend == "triton" and tensor.device.type == "cpu" and not INTERPRET:
+        raise ValueError(
+            'backend must be "auto" or "pytorch" for tensors on the CPU, got "triton", which runs on CUDA devices; '
+            "move the tensors to one"
+        )
+
+
+def check_tensor(name: str, tensor: Tensor, axes: str, dims: int | None = None) -> None:
+    """A dense floating tensor on a device that has an implementation.
+
+    Args:
+        name: the argument's name.
+        tensor: what came.
+        axes: the expected shape in words, such as ``"[..., C]"``.
+        dims: the expected number of axes; None: any but 0.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor {axes}, got {type(tensor).__name__}")
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
+    if not torch.compiler.is_compiling() and (tensor.layout != torch.strided or tensor.is_nested):
+        kind = "a nested tensor" if tensor.is_nested else f"the layout {tensor.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
+    if tensor.dim() != dims if dims is not None else tensor.dim() == 0:
+        raise ValueError(f"{name} must be {axes}, got {list(tensor.shape)}")
+    if tensor.device.type not in ("cuda", "cpu", "meta"):
+        raise ValueError(f"{name} must be on a CUDA (or ROCm) device or on the CPU, got {tensor.device}")
+
+
+def check_like(name: str, tensor: Tensor, shape: Sequence[int], axes: str, like: Tensor, like_name: str) -> None:
+    """A tensor of exactly this shape, in the dtype and on the device of another argument.
+
+    Args:
+        name: the argument's name.
+        tensor: what came.
+        shape: what its shape must be.
+        axes: the same in words, such as ``"[C]"``.
+        like: the argument whose dtype and device it must have.
+        like_name: that argument's name.
+    """
+    check_tensor(name, tensor, axes, len(shape))
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} like {like_name}, got {tensor.device}")
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{name} must be {like.dtype} like {like_name}, got {tensor.dtype}; convert it with .to()")
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must be {axes} = {list(shape)}, got {list(tensor.shape)}")
+
+
+def shown(found: object) -> str:
+    """What came, in one line."""
+    if isinstance(found, Tensor):
+        return f"a tensor of {found.dtype}"
+    text = " ".join(repr(found).split())
+    return text if len(text) <= 200 else f"{text[:200]} ..."
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype that ``torch.autocast`` asks for where the tensor is, or None; float64 is left alone, as in PyTorch."""
+    kind = tensor.device.type
+    if kind == "meta" or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def cast(dtype: torch.dtype | None, *tensors: Any) -> list[Any]:
+    """The tensors in ``dtype``; None stays None, and a dtype of None leaves all as they are."""
+    if dtype is None:
+        return list(tensors)
+    return [
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    ]

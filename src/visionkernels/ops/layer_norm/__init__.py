@@ -1,0 +1,1 @@
+"""Layer normalisation, alone and with a residual add."""

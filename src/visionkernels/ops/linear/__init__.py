@@ -1,0 +1,1 @@
+"""Linear layers with bias, activation, LayerScale and residual add in one step."""

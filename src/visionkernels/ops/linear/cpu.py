@@ -1,0 +1,85 @@
+"""Linear layers by PyTorch's own kernels: the CPU path, and ``backend="pytorch"`` on CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    precision: str,
+) -> Tensor:
+    """``[..., F]``, contiguous, in as few kernels as PyTorch has for it."""
+    with float32_precision(input, precision):
+        if bias is None and activation is None and scale is None and residual is not None:
+            rows = residual.reshape(-1, residual.shape[-1])
+            return torch.addmm(rows, _rows(input), weight.t()).view(residual.shape)
+        if activation == "gelu_tanh" and bias is not None and input.is_cuda and input.dtype != torch.float64:
+            # The epilogue of cuBLASLt: this one is computed by tanh.
+            output = torch._addmm_activation(bias, _rows(input), weight.t(), use_gelu=True)
+            output = output.view(*input.shape[:-1], weight.shape[0])
+        else:
+            output = activate(F.linear(input, weight, bias), activation)
+    if residual is not None:
+        output = torch.add(residual, output) if scale is None else torch.addcmul(residual, output, scale)
+    elif scale is not None:
+        output = output * scale
+    return output.contiguous()
+
+
+def gated_linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, precision: str) -> Tensor:
+    """``[..., F]``, contiguous."""
+    with float32_precision(input, precision):
+        gate, up = F.linear(input, weight, bias).chunk(2, -1)
+    return (activate(gate, activation) * up).contiguous()
+
+
+def activate(x: Tensor, activation: str | None) -> Tensor:
+    """One of ``reference.ACTIVATIONS``."""
+    if activation == "gelu":
+        return F.gelu(x)
+    if activation == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    if activation == "quick_gelu":
+        return torch.sigmoid(1.702 * x).mul_(x)
+    return x if activation is None else F.silu(x)
+
+
+def _rows(input: Tensor) -> Tensor:
+    return input.reshape(-1, input.shape[-1])
+
+
+@contextmanager
+def float32_precision(input: Tensor, precision: str) -> Iterator[None]:
+    """Have cuBLAS multiply float32 as ``precision`` says, whatever the process has set."""
+    if not (input.is_cuda and input.dtype == torch.float32):
+        yield
+        return
+    settings, name, asked = _setting(precision)
+    before = getattr(settings, name)
+    if before == asked:
+        yield
+        return
+    setattr(settings, name, asked)
+    try:
+        yield
+    finally:
+        setattr(settings, name, before)
+
+
+def _setting(precision: str) -> tuple[object, str, object]:
+    """The object and the attribute that hold cuBLAS's precision, and what to put there."""
+    settings = torch.backends.cuda.matmul
+    if hasattr(settings, "fp32_precision"):  # from PyTorch 2.9 on, where the older name warns
+        return settings, "fp32_precision", precision
+    return settings, "allow_tf32", precision == "tf32"
