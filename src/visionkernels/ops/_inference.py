@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from importlib import import_module
+from math import prod
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -162,3 +164,40 @@ def cast(dtype: torch.dtype | None, *tensors: Any) -> list[Any]:
         t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in tensors
     ]
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """``[..., C]`` as ``[M, C]`` with a contiguous last axis and rows anywhere; copied only where no view is one."""
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        tensor = tensor.contiguous()
+    if tensor.dim() == 2:
+        return tensor
+    return tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def on_device(device: torch.device) -> Any:
+    """A context in which ``device`` is current, where Triton launches."""
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+class Device(NamedTuple):
+    """What a launch rule asks of a device."""
+
+    multiprocessors: int
+    capability: tuple[int, int]  # of NVIDIA's GPUs; (0, 0) of others
+
+    @property
+    def launches_early(self) -> bool:
+        """Whether a kernel may be launched while the one before still runs (programmatic dependent launch)."""
+        return self.capability >= (9, 0)
+
+
+@cache
+def device_of(device: torch.device) -> Device:
+    """``Device`` of a CUDA or ROCm device; of the CPU, for Triton's interpreter, a small one of none."""
+    if device.type != "cuda":
+        return Device(2, (0, 0))
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return Device(multiprocessors, (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device))

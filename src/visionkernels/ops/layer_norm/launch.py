@@ -1,0 +1,109 @@
+"""Layer normalisation on CUDA: its buffers and its launch."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from visionkernels.ops._inference import Device, device_of, on_device, rows_of
+from visionkernels.ops.layer_norm import cpu, kernels
+
+MAX_CHANNELS = 32768  # a row lies in the registers of 32 warps
+
+
+class Tile(NamedTuple):
+    """What a program takes: LOOP times ROWS rows."""
+
+    rows: int
+    loop: int
+    num_warps: int
+    early: bool = False
+
+
+def tile_of(num_rows: int, channels: int, device: Device) -> Tile:
+    """The tile for a call.
+
+    A warp owns a row of up to 1024 channels, for a sum within a warp needs no shared memory; a row shorter than 512
+    brings its neighbours, so that each lane reads 16 bytes at least. Few rows are spread over more warps, for latency.
+    """
+    block = triton.next_power_of_2(max(channels, 1))
+    if block > 1024:
+        return Tile(1, 1, min(block // 512, 32))
+    if num_rows < 4 * device.multiprocessors:
+        return Tile(1, 1, max(1, block // 256))
+    return Tile(max(1, 512 // block), 1, 1)
+
+
+def layer_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str, tile: Tile | None = None
+) -> Tensor:
+    """Launch the kernel, or PyTorch's where that is the faster one; ``tile`` overrules ``tile_of``."""
+    if backend == "auto" and not pays(input):
+        return cpu.layer_norm(input, weight, bias, eps)
+    output = input.new_empty(input.shape)
+    _launch(output, None, input, None, weight, bias, None, eps, tile)
+    return output
+
+
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor | None,
+    backend: str,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernel, or PyTorch's where that is the faster; ``tile`` overrules ``tile_of``."""
+    if backend == "auto" and not pays(input):
+        return cpu.add_layer_norm(input, residual, weight, bias, eps, scale)
+    total, output = input.new_empty(input.shape), input.new_empty(input.shape)
+    _launch(output, total, input, residual, weight, bias, scale, eps, tile)
+    return total, output
+
+
+def pays(input: Tensor) -> bool:
+    """Whether "auto" takes the Triton kernel: wherever a row fits in registers."""
+    return input.shape[-1] <= MAX_CHANNELS
+
+
+def _launch(
+    output: Tensor,
+    total: Tensor | None,
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    tile: Tile | None,
+) -> None:
+    channels = input.shape[-1]
+    if channels > MAX_CHANNELS:
+        raise ValueError(
+            f"input must have at most {MAX_CHANNELS} channels for the Triton kernel of layer_norm, got {channels}; "
+            'pass backend="pytorch"'
+        )
+    if output.numel() == 0:
+        return
+    rows = rows_of(input)
+    residual_rows = None if residual is None else rows_of(residual)
+    weight, bias, scale = (t if t is None else t.contiguous() for t in (weight, bias, scale))
+    tile = tile or tile_of(rows.shape[0], channels, device_of(input.device))
+    options: dict[str, Any] = {"num_warps": tile.num_warps}
+    if tile.early:
+        options["launch_pdl"] = True
+    grid = (triton.cdiv(rows.shape[0], tile.rows * tile.loop),)
+    with on_device(input.device):
+        kernels._layer_norm_kernel[grid](
+            output, total, rows, residual_rows, weight, bias, scale,
+            rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), rows.shape[0],
+            channels, eps, tl.float64 if input.dtype == torch.float64 else tl.float32,
+            tile.rows, tile.loop, triton.next_power_of_2(channels), tile.early,
+            **options,
+        )  # fmt: skip

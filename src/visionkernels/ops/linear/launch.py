@@ -1,0 +1,185 @@
+"""Linear layers on CUDA: their buffers and their launches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from visionkernels.ops._inference import INTERPRET, device_of, on_device, rows_of
+from visionkernels.ops.linear import cpu, kernels
+from visionkernels.ops.linear.tiles import Tile, tile_of
+
+ALIGNMENT = 16  # bytes, of whatever TMA reads or writes: addresses and distances of rows
+MAX_INT32 = 2**31 - 1  # TMA counts rows and columns in 32 bits
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    precision: str,
+    backend: str,
+    tile: Tile | None = None,
+) -> Tensor:
+    """Launch a kernel, or PyTorch's where that is faster; ``tile`` overrules ``tile_of``."""
+    if backend == "auto" and not pays(input, precision, fused=(activation, residual, scale) != (None, None, None)):
+        return cpu.linear(input, weight, bias, activation, residual, scale, precision)
+    output = input.new_empty(*input.shape[:-1], weight.shape[0])
+    _launch(output, input, weight, bias, activation, residual, scale, precision, False, tile)
+    return output
+
+
+def gated_linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    precision: str,
+    backend: str,
+    tile: Tile | None = None,
+) -> Tensor:
+    """Launch a kernel, or PyTorch's where that is faster; ``tile`` overrules ``tile_of``."""
+    if backend == "auto" and not pays(input, precision, fused=True):
+        return cpu.gated_linear(input, weight, bias, activation, precision)
+    output = input.new_empty(*input.shape[:-1], weight.shape[0] // 2)
+    _launch(output, input, weight, bias, activation, None, None, precision, True, tile)
+    return output
+
+
+def pays(input: Tensor, precision: str, fused: bool) -> bool:
+    """Whether "auto" takes a Triton kernel.
+
+    Of halves and tf32 where something follows the product, for it then costs no pass over the output; a product alone
+    is cuBLAS's. Exact float32 and float64 are cuBLAS's too: Triton has no fast way to multiply them.
+    """
+    return fused and _kind(input, precision) == "half"
+
+
+def _kind(input: Tensor, precision: str) -> str:
+    """``kind`` as ``tile_of`` knows it."""
+    if input.dtype == torch.float64:
+        return "double"
+    return "exact" if input.dtype == torch.float32 and precision == "ieee" else "half"
+
+
+def _launch(
+    output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    precision: str,
+    gated: bool,
+    tile: Tile | None,
+) -> None:
+    if output.numel() == 0:
+        return
+    columns = rows_of(output)
+    rows, weight = rows_of(input), rows_of(weight)
+    residual = None if residual is None else rows_of(residual)
+    bias, scale = (t if t is None else t.contiguous() for t in (bias, scale))
+    if tile is None:
+        matrices = [columns, rows, weight] if residual is None else [columns, rows, weight, residual]
+        tile = tile_of(
+            rows.shape[0], columns.shape[1], device_of(input.device),
+            kind=_kind(input, precision), gated=gated, tma=all(map(tma_reads, matrices)),
+        )  # fmt: skip
+    launch = _launch_tma if tile.tma else _launch_pointers
+    options: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    if tile.early:
+        options["launch_pdl"] = True
+    with on_device(input.device):
+        launch(columns, rows, weight, bias, activation, residual, scale, precision, gated, tile, options)
+
+
+def tma_reads(matrix: Tensor) -> bool:
+    """Whether TMA can read and write ``matrix``, ``[M, N]`` with a contiguous last axis, where it lies."""
+    size = matrix.element_size()
+    aligned = matrix.data_ptr() % ALIGNMENT == 0 and matrix.stride(0) * size % ALIGNMENT == 0
+    # A stride of 0 is one that TMA cannot step by, and of a matrix without elements nothing is read.
+    return aligned and matrix.stride(0) > 0 and matrix.numel() > 0 and max(matrix.shape) <= MAX_INT32
+
+
+def _launch_pointers(
+    output: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    precision: str,
+    gated: bool,
+    tile: Tile,
+    options: dict[str, Any],
+) -> None:
+    (num_rows, num_columns), num_inner = output.shape, rows.shape[1]
+    block_k = _block_k(tile, rows)
+    # The interpreter multiplies no bfloat16; products of halves are exact in float32 either way.
+    factor = tl.float32 if INTERPRET and rows.element_size() == 2 else _TYPES[rows.dtype]
+    grid = (triton.cdiv(num_rows, tile.block_m) * triton.cdiv(num_columns, tile.block_n),)
+    kernels._linear_kernel[grid](
+        output, rows, weight, bias, residual, scale,
+        rows.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0),
+        num_rows, num_columns, num_inner,
+        activation, gated, precision, tl.float64 if rows.dtype == torch.float64 else tl.float32, factor,
+        num_inner % block_k == 0, rows.element_size() == 2, tile.block_m, tile.block_n, block_k, tile.group_m,
+        tile.early, 128 // rows.element_size(),
+        **options,
+    )  # fmt: skip
+
+
+def _launch_tma(
+    output: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    precision: str,
+    gated: bool,
+    tile: Tile,
+    options: dict[str, Any],
+) -> None:
+    (num_rows, num_columns), num_inner = output.shape, rows.shape[1]
+    block_k = _block_k(tile, rows)
+    block = [tile.block_m, tile.block_n // tile.parts]
+    tiles = triton.cdiv(num_rows, tile.block_m) * triton.cdiv(num_columns, tile.block_n)
+    grid = (min(tiles, device_of(rows.device).multiprocessors * tile.programs),)
+    kernels._linear_tma_kernel[grid](
+        _descriptor(output, block), _descriptor(rows, [tile.block_m, block_k]),
+        _descriptor(weight, [tile.block_n, block_k]), bias,
+        None if residual is None else _descriptor(residual, block), scale,
+        num_rows, num_columns, num_inner,
+        activation, gated, precision, rows.element_size() == 2, tile.block_m, tile.block_n, block_k, tile.group_m,
+        tile.parts, tile.flatten, tile.warp_specialize, tile.early,
+        **options,
+    )  # fmt: skip
+
+
+_TYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+
+
+def _block_k(tile: Tile, rows: Tensor) -> int:
+    """The tile's step in elements: it is said in elements of two bytes."""
+    return max(16, tile.block_k * 2 // rows.element_size())
+
+
+def _descriptor(matrix: Tensor, block: list[int]) -> TensorDescriptor:
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block)

@@ -1,0 +1,97 @@
+"""Which kernel computes a linear layer, and in tiles of which size: plain data and one rule.
+
+The rule: a multiprocessor computes its share of the tiles one after another, each in a time that is its area divided by
+the tile's rate; the tile with the least time is taken. So a few rows get small tiles, which keep all multiprocessors
+busy, and many rows large ones, which read each factor less often.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from visionkernels.ops._inference import Device
+
+
+class Tile(NamedTuple):
+    """The constants of a launch; what they do is said in kernels.py."""
+
+    block_m: int
+    block_n: int
+    block_k: int  # of 2-byte elements; half as many of 4 bytes
+    num_warps: int
+    num_stages: int
+    rate: float = 1.0  # of the multiply-adds of a multiprocessor, relative to the best tile
+    tma: bool = False
+    group_m: int = 8
+    parts: int = 1
+    flatten: bool = True
+    warp_specialize: bool = False
+    programs: int = 1  # of a multiprocessor at once, for the persistent kernel
+    early: bool = False
+
+
+# NVIDIA's GPUs of compute capability 9.0, halves and tf32.
+HOPPER = (
+    # Two programs a multiprocessor: one multiplies while the other finishes its tile.
+    Tile(128, 128, 64, 4, 3, rate=0.95, tma=True, parts=4, programs=2),
+    # The fewest reads a multiply-add; nothing to multiply while a tile is finished, unless the next one's reads began.
+    Tile(128, 256, 64, 8, 3, rate=1.0, tma=True, parts=2),
+    Tile(128, 64, 64, 4, 4, rate=0.7),
+    Tile(64, 64, 64, 4, 4, rate=0.55),
+    Tile(64, 32, 128, 4, 4, rate=0.4),  # for a few hundred rows: every multiprocessor has a tile
+    Tile(16, 64, 128, 4, 4, rate=0.15),  # for a few rows, such as the pooled token of each image
+)
+# Other GPUs with matrix instructions: what fits in the shared memory of all of them.
+PORTABLE = (
+    Tile(128, 128, 32, 8, 3, rate=1.0),
+    Tile(128, 64, 32, 4, 3, rate=0.8),
+    Tile(64, 64, 64, 4, 3, rate=0.6),
+    Tile(64, 32, 64, 4, 3, rate=0.4),
+    Tile(16, 64, 64, 4, 3, rate=0.15),
+)
+# Two sums a tile, so half as many columns for the registers.
+GATED_HOPPER = (
+    Tile(128, 128, 64, 8, 3, rate=1.0, tma=True, parts=2),
+    Tile(128, 64, 64, 4, 3, rate=0.7),
+    Tile(64, 64, 64, 4, 3, rate=0.55),
+    Tile(64, 32, 64, 4, 3, rate=0.4),
+    Tile(16, 32, 64, 4, 3, rate=0.15),
+)
+GATED_PORTABLE = (
+    Tile(128, 64, 32, 8, 3, rate=1.0),
+    Tile(64, 64, 32, 4, 3, rate=0.7),
+    Tile(64, 32, 32, 4, 3, rate=0.5),
+    Tile(16, 32, 32, 4, 3, rate=0.15),
+)
+# Multiply-adds without matrix instructions: exact float32, and float64.
+EXACT = (Tile(64, 64, 32, 4, 3, rate=1.0), Tile(32, 32, 32, 4, 3, rate=0.6))
+DOUBLE = (Tile(32, 32, 64, 4, 2),)
+
+
+@lru_cache(4096)
+def tile_of(
+    num_rows: int, num_columns: int, device: Device, *, kind: str = "half", gated: bool = False, tma: bool = True
+) -> Tile:
+    """The tile for a call.
+
+    Args:
+        num_rows: of input and output.
+        num_columns: of the output.
+        device: where it runs.
+        kind: ``"half"``, which tf32 counts as; ``"exact"`` for float32, or ``"double"``.
+        gated: whether a tile has two sums.
+        tma: whether the tensors lie so that TMA can read and write them.
+    """
+    hopper = device.capability[0] == 9
+    tiles: tuple[Tile, ...]
+    if kind == "half":
+        tiles = (GATED_HOPPER if hopper else GATED_PORTABLE) if gated else (HOPPER if hopper else PORTABLE)
+    else:
+        tiles = EXACT if kind == "exact" else DOUBLE
+
+    def time(tile: Tile) -> float:
+        count = -(-num_rows // tile.block_m) * -(-num_columns // tile.block_n)
+        return -(-count // device.multiprocessors) * tile.block_m * tile.block_n / tile.rate
+
+    return min((tile for tile in tiles if tma or not tile.tma), key=time)
