@@ -63,22 +63,21 @@ def launch_of(op: str) -> ModuleType:
     return import_module(f"visionkernels.ops.{op}.launch")
 
 
-def refuse_gradients(name: str, *tensors: Tensor | None, instead: str = "torch.nn.functional") -> None:
+def refuse_gradients(name: str, *arguments: object, instead: str = "torch.nn.functional") -> None:
     """Raise where autograd would want a derivative of ``name``, by one of its tensors.
 
     Args:
         name: the public function that is called.
-        tensors: its tensors; None for one that is not given.
+        arguments: those of it that may be tensors.
         instead: what computes the same with gradients.
     """
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise RuntimeError(
             f"{name} computes no gradients: call it under torch.no_grad() or torch.inference_mode(), "
             f"or use {instead} to train"
         )
-    if forward_ad._current_level >= 0 and any(
-        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
-    ):
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise RuntimeError(f"{name} computes no forward-mode derivatives: use {instead} for them")
 
 

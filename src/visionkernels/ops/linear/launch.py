@@ -60,14 +60,16 @@ def pays(input: Tensor, precision: str, fused: bool) -> bool:
     Of halves and tf32 where something follows the product, for it then costs no pass over the output; a product alone
     is cuBLAS's. Exact float32 and float64 are cuBLAS's too: Triton has no fast way to multiply them.
     """
-    return fused and _kind(input, precision) == "half"
+    return fused and _kind(input, precision) in ("half", "tf32")
 
 
 def _kind(input: Tensor, precision: str) -> str:
     """``kind`` as ``tile_of`` knows it."""
     if input.dtype == torch.float64:
         return "double"
-    return "exact" if input.dtype == torch.float32 and precision == "ieee" else "half"
+    if input.dtype == torch.float32:
+        return "exact" if precision == "ieee" else "tf32"
+    return "half"
 
 
 def _launch(

@@ -120,8 +120,7 @@ def _checked(
     """Input, weight and bias as they go into the operator."""
     _inference.check_tensor("input", input, "[..., C]")
     _inference.check_backend(backend, input)
-    given = [tensor for tensor in (input, weight, bias, *others) if isinstance(tensor, Tensor)]
-    _inference.refuse_gradients(name, *given, instead="torch.nn.functional.linear")
+    _inference.refuse_gradients(name, input, weight, bias, *others, instead="torch.nn.functional.linear")
     input, weight, bias = _inference.cast(_inference.autocast_dtype(input), input, weight, bias)
     rows = "[2 * F, C]" if name == "gated_linear" else "[F, C]"
     _inference.check_tensor("weight", weight, rows, 2)

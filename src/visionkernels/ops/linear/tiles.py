@@ -40,15 +40,21 @@ HOPPER = (
     Tile(128, 64, 64, 4, 4, rate=0.7),
     Tile(64, 64, 64, 4, 4, rate=0.55),
     Tile(64, 32, 128, 4, 4, rate=0.4),  # for a few hundred rows: every multiprocessor has a tile
-    Tile(16, 64, 128, 4, 4, rate=0.15),  # for a few rows, such as the pooled token of each image
+    Tile(16, 64, 128, 4, 4, rate=0.25),  # for a few rows, such as the pooled token of each image
+)
+# Of 4-byte elements a part of a tile takes twice the shared memory.
+HOPPER_TF32 = (
+    Tile(128, 128, 64, 8, 3, rate=1.0, tma=True, parts=4),
+    Tile(128, 64, 64, 8, 3, rate=0.7),
+    *HOPPER[3:],
 )
 # Other GPUs with matrix instructions: what fits in the shared memory of all of them.
 PORTABLE = (
     Tile(128, 128, 32, 8, 3, rate=1.0),
     Tile(128, 64, 32, 4, 3, rate=0.8),
-    Tile(64, 64, 64, 4, 3, rate=0.6),
+    Tile(64, 64, 32, 4, 4, rate=0.6),
     Tile(64, 32, 64, 4, 3, rate=0.4),
-    Tile(16, 64, 64, 4, 3, rate=0.15),
+    Tile(16, 64, 64, 4, 3, rate=0.25),
 )
 # Two sums a tile, so half as many columns for the registers.
 GATED_HOPPER = (
@@ -56,17 +62,25 @@ GATED_HOPPER = (
     Tile(128, 64, 64, 4, 3, rate=0.7),
     Tile(64, 64, 64, 4, 3, rate=0.55),
     Tile(64, 32, 64, 4, 3, rate=0.4),
-    Tile(16, 32, 64, 4, 3, rate=0.15),
+    Tile(16, 32, 64, 4, 3, rate=0.25),
 )
 GATED_PORTABLE = (
     Tile(128, 64, 32, 8, 3, rate=1.0),
     Tile(64, 64, 32, 4, 3, rate=0.7),
     Tile(64, 32, 32, 4, 3, rate=0.5),
-    Tile(16, 32, 32, 4, 3, rate=0.15),
+    Tile(16, 32, 32, 4, 3, rate=0.25),
 )
 # Multiply-adds without matrix instructions: exact float32, and float64.
 EXACT = (Tile(64, 64, 32, 4, 3, rate=1.0), Tile(32, 32, 32, 4, 3, rate=0.6))
 DOUBLE = (Tile(32, 32, 64, 4, 2),)
+
+# Of each kind: elsewhere, gated elsewhere, on compute capability 9.0, gated there.
+TILES = {
+    "half": (PORTABLE, GATED_PORTABLE, HOPPER, GATED_HOPPER),
+    "tf32": (PORTABLE, GATED_PORTABLE, HOPPER_TF32, GATED_HOPPER),
+    "exact": (EXACT,) * 4,
+    "double": (DOUBLE,) * 4,
+}
 
 
 @lru_cache(4096)
@@ -79,16 +93,11 @@ def tile_of(
         num_rows: of input and output.
         num_columns: of the output.
         device: where it runs.
-        kind: ``"half"``, which tf32 counts as; ``"exact"`` for float32, or ``"double"``.
+        kind: of the products: ``"half"``, ``"tf32"``, ``"exact"`` for float32, or ``"double"``.
         gated: whether a tile has two sums.
         tma: whether the tensors lie so that TMA can read and write them.
     """
-    hopper = device.capability[0] == 9
-    tiles: tuple[Tile, ...]
-    if kind == "half":
-        tiles = (GATED_HOPPER if hopper else GATED_PORTABLE) if gated else (HOPPER if hopper else PORTABLE)
-    else:
-        tiles = EXACT if kind == "exact" else DOUBLE
+    tiles = TILES[kind][2 * (device.capability[0] == 9) + gated]
 
     def time(tile: Tile) -> float:
         count = -(-num_rows // tile.block_m) * -(-num_columns // tile.block_n)
