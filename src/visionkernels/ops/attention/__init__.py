@@ -1,0 +1,1 @@
+"""Attention without a causal mask, for the lengths of vision transformers."""

@@ -1,0 +1,1 @@
+"""The patch embedding of vision transformers."""

@@ -1,0 +1,43 @@
+"""The patch embedding by PyTorch's own kernels: all of the CPU path, and the backend "pytorch" on CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visionkernels.ops.patch_embedding.reference import normalise
+
+
+def forward(
+    pixel_values: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    position_embedding: Tensor | None = None,
+    prefix_tokens: Tensor | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    channels_last: bool = False,
+) -> Tensor:
+    """A convolution, then position and prefix. Arguments and result as the operator's."""
+    if bias is not None:
+        bias = bias.to(weight.dtype)
+    if pixel_values.dtype == torch.uint8 or mean is not None or std is not None:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        pixels = normalise(pixel_values, mean, std, channels_last, wide)
+    else:
+        pixels = pixel_values.permute(0, 3, 1, 2) if channels_last else pixel_values
+    batch, _, height, width = pixels.shape
+    channels, size = weight.shape[0], weight.shape[2]
+    num_patches = (height // size) * (width // size)
+    if batch * num_patches == 0:  # a convolution refuses an image without pixels
+        patches = weight.new_zeros(batch, num_patches, channels)
+    else:
+        patches = F.conv2d(pixels.to(weight.dtype), weight, bias, stride=size).flatten(2).transpose(1, 2)
+    if position_embedding is not None:
+        patches = patches + position_embedding
+    if prefix_tokens is not None:
+        patches = torch.cat((prefix_tokens.expand(batch, -1, -1), patches), 1)
+    return patches.to(weight.dtype).contiguous()
