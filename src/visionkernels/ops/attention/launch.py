@@ -1,0 +1,156 @@
+"""Attention on CUDA: the tiles that its kernel is launched with, worked out from shapes alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from visionkernels.ops._inference import INTERPRET
+from visionkernels.ops.attention import kernels
+from visionkernels.ops.deformable_attention.plan import on_device
+
+MAX_INT32 = 2**31 - 1
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Tile(NamedTuple):
+    """What one launch is compiled with."""
+
+    block_m: int  # queries of a program
+    block_n: int  # keys of a step
+    num_warps: int
+    num_stages: int
+    peel: bool = False  # mask only in the last step, which then waits for its keys
+    dependent: bool = False  # begin while the kernel before still runs (Programmatic Dependent Launch)
+
+
+def has_kernel(query: Tensor) -> bool:
+    """Whether the Triton kernel takes this dtype and head dim."""
+    head_dim = query.shape[3]
+    return query.dtype in DTYPES and 16 <= head_dim <= 128 and head_dim % 8 == 0
+
+
+def pays(query: Tensor, *_: Any) -> bool:
+    """Whether the kernel is what "auto" takes: where there is one."""
+    return has_kernel(query)
+
+
+def choose_tile(num_tokens: int, groups: int, head_dim: int, itemsize: int, rotary: bool, hopper: bool) -> Tile:
+    """The tile of a launch.
+
+    Args:
+        num_tokens: tokens that attend to each other.
+        groups: images times windows times heads.
+        head_dim: D.
+        itemsize: bytes of a number.
+        rotary: the kernel turns its keys, which takes registers.
+        hopper: an NVIDIA GPU of compute capability 9.0 on.
+
+    Returns:
+        Queries and keys of a step, warps and stages.
+    """
+    if itemsize == 4:  # without tensor cores: products of small tiles are all that fits in registers
+        return Tile(32, 32, 4, 2)
+    block_m = 64
+    if groups * math.ceil(num_tokens / 64) < 132:  # fewer programs than processors: smaller ones use more of these
+        block_m = 32 if num_tokens > 16 else 16
+    if rotary or head_dim > 64:
+        return Tile(block_m, 32, 4, 3)
+    if num_tokens > 512:  # long rows: more queries share what a step reads
+        return Tile(128, 64, 8 if not hopper else 4, 3, peel=True)
+    return Tile(block_m, 64 if num_tokens > 32 else 32, 4, 3)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    num_prefix_tokens: int = 0,
+    window: Sequence[int] | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """Launch the kernel; arguments as the operator's, and a tile to launch with instead of the chosen one.
+
+    Returns:
+        ``[B, N, H, D]``, contiguous.
+
+    Raises:
+        TypeError: a dtype that the kernel does not have.
+        ValueError: a head dim that it does not have.
+    """
+    batch, tokens, heads, head_dim = query.shape
+    if query.dtype not in DTYPES:
+        raise TypeError(f'query must be float32, float16 or bfloat16 for backend="triton", got {query.dtype}')
+    if not has_kernel(query):
+        raise ValueError(
+            f'query must have a head_dim that is a multiple of 8 from 16 to 128 for backend="triton", got {head_dim}; '
+            'pass backend="pytorch"'
+        )
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if output.numel() == 0:
+        return output
+    query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
+    strides = [stride for t in (query, key, value) for stride in t.stride()[:3]]
+    grid = (tokens, 1, tokens, 1) if window is None else tuple(window)
+    attending = grid[2] * grid[3]
+    groups = batch * (tokens // attending) * heads
+    bias_strides = (0, 0, 0, 0)
+    if bias is not None:
+        bias = bias.expand(batch, heads, attending, attending)
+        if bias.stride(3) not in (0, 1):
+            bias = bias.contiguous()
+        bias_strides = bias.stride()
+    if cos is not None and sin is not None:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    if tile is None:
+        hopper = _is_hopper(query.device)
+        tile = choose_tile(attending, groups, head_dim, query.element_size(), cos is not None, hopper)
+    split = _split(head_dim, cos is not None)
+    reach = (tokens - 1) * max(abs(stride) for stride in strides[1::3]) + head_dim
+    arguments = (
+        query, key, value, bias, cos, sin, output, *strides, *bias_strides[:3],
+        scale * math.log2(math.e), heads, attending, num_prefix_tokens, *grid,
+        head_dim, split, _padded(split), _padded(head_dim - split), tile.block_m, tile.block_n,
+        bias_strides[3], bias is not None, cos is not None, window is not None,
+        _alignment((query, key, value), strides), tl.int32 if reach <= MAX_INT32 else tl.int64,
+        "ieee", INTERPRET and query.dtype == torch.bfloat16, tile.peel, tile.dependent,
+    )  # fmt: skip
+    options: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    if tile.dependent:
+        options["launch_pdl"] = True
+    with on_device(query.device):
+        kernels._attention_kernel[(math.ceil(attending / tile.block_m) * groups,)](*arguments, **options)
+    return output
+
+
+def _split(head_dim: int, rotary: bool) -> int:
+    """Channels in the first of two parts: half of them for rotary, else the largest power of two if that saves any."""
+    if rotary:
+        return head_dim // 2
+    power = 1 << (head_dim.bit_length() - 1)
+    return power if power + _padded(head_dim - power) < _padded(head_dim) else head_dim
+
+
+def _padded(size: int) -> int:
+    """The next power of two that a tensor core takes."""
+    return max(16, 1 << (size - 1).bit_length()) if size > 0 else 16
+
+
+def _alignment(tensors: Sequence[Tensor], strides: Sequence[int]) -> int:
+    """The largest power of two, up to 16, that divides the offset of every row."""
+    return math.gcd(16, *strides)
+
+
+@lru_cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
