@@ -29,13 +29,10 @@ def _place(offs_token, first_row, first_column, grid_width, window_width, WINDOW
 
 
 @triton.jit
-def _load_part(
-    ptr, offs_row, mask_row, FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr,
-    other,
-):  # fmt: skip
+def _load_part(ptr, offs_row, mask_row, other, FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr):
     """Channels FIRST to LAST of some rows, [rows, BLOCK]."""
     offs_d = tl.arange(0, BLOCK)
-    ptrs = ptr + tl.multiple_of(offs_row, ALIGNMENT)[:, None] + (FIRST + offs_d)[None, :]
+    ptrs = ptr + offs_row[:, None] + (FIRST + offs_d)[None, :]
     mask = mask_row[:, None]
     if BLOCK > LAST - FIRST:
         mask = mask & (offs_d < LAST - FIRST)[None, :]
@@ -50,10 +47,10 @@ def _turn(
     """x * cos + rotate_half(x) * sin in float32; the prefix tokens have the angle 0."""
     offs_table = (offs_token - num_prefix_tokens) * HEAD_DIM
     mask = mask_token & (offs_token >= num_prefix_tokens)
-    cos_low = _load_part(cos_ptr, offs_table, mask, 0, SPLIT, BLOCK, 8, 1.0).to(tl.float32)
-    cos_high = _load_part(cos_ptr, offs_table, mask, SPLIT, HEAD_DIM, BLOCK, 8, 1.0).to(tl.float32)
-    sin_low = _load_part(sin_ptr, offs_table, mask, 0, SPLIT, BLOCK, 8, 0.0).to(tl.float32)
-    sin_high = _load_part(sin_ptr, offs_table, mask, SPLIT, HEAD_DIM, BLOCK, 8, 0.0).to(tl.float32)
+    cos_low = _load_part(cos_ptr, offs_table, mask, 1.0, 0, SPLIT, BLOCK).to(tl.float32)
+    cos_high = _load_part(cos_ptr, offs_table, mask, 1.0, SPLIT, HEAD_DIM, BLOCK).to(tl.float32)
+    sin_low = _load_part(sin_ptr, offs_table, mask, 0.0, 0, SPLIT, BLOCK).to(tl.float32)
+    sin_high = _load_part(sin_ptr, offs_table, mask, 0.0, SPLIT, HEAD_DIM, BLOCK).to(tl.float32)
     x, y = low.to(tl.float32), high.to(tl.float32)
     return (x * cos_low - y * sin_low).to(low.dtype), (y * cos_high + x * sin_high).to(high.dtype)
 
@@ -80,10 +77,10 @@ def _step(
     offs_token = start + tl.arange(0, BLOCK_N)
     mask_token = offs_token < (num_tokens if MASKED else start + BLOCK_N)
     offs_place = _place(offs_token, first_row, first_column, grid_width, window_width, WINDOW)
-    offs_key = offs_place.to(INDEX) * stride_key_n
-    key_low = _load_part(key_ptr, offs_key, mask_token, 0, SPLIT, BLOCK_LOW, ALIGNMENT, 0.0)
+    offs_key = tl.multiple_of(offs_place.to(INDEX) * stride_key_n, ALIGNMENT)
+    key_low = _load_part(key_ptr, offs_key, mask_token, 0.0, 0, SPLIT, BLOCK_LOW)
     if SPLIT < HEAD_DIM:
-        key_high = _load_part(key_ptr, offs_key, mask_token, SPLIT, HEAD_DIM, BLOCK_HIGH, ALIGNMENT, 0.0)
+        key_high = _load_part(key_ptr, offs_key, mask_token, 0.0, SPLIT, HEAD_DIM, BLOCK_HIGH)
         if HAS_ROTARY:
             key_low, key_high = _turn(
                 key_low, key_high, cos_ptr, sin_ptr, offs_place, mask_token, num_prefix_tokens,
@@ -111,12 +108,12 @@ def _step(
         weights = tl.exp2(scores * scale - known[:, None])
     kept = tl.exp2(peak - known)
     total = total * kept + tl.sum(weights, axis=1)
-    offs_value = offs_place.to(INDEX) * stride_value_n
-    value_low = _load_part(value_ptr, offs_value, mask_token, 0, SPLIT, BLOCK_LOW, ALIGNMENT, 0.0)
+    offs_value = tl.multiple_of(offs_place.to(INDEX) * stride_value_n, ALIGNMENT)
+    value_low = _load_part(value_ptr, offs_value, mask_token, 0.0, 0, SPLIT, BLOCK_LOW)
     weights = weights.to(value_low.dtype)
     acc_low = _dot(weights, value_low, acc_low * kept[:, None], PRECISION, UPCAST)
     if SPLIT < HEAD_DIM:
-        value_high = _load_part(value_ptr, offs_value, mask_token, SPLIT, HEAD_DIM, BLOCK_HIGH, ALIGNMENT, 0.0)
+        value_high = _load_part(value_ptr, offs_value, mask_token, 0.0, SPLIT, HEAD_DIM, BLOCK_HIGH)
         acc_high = _dot(weights, value_high, acc_high * kept[:, None], PRECISION, UPCAST)
     return new_peak, total, acc_low, acc_high
 
@@ -200,15 +197,15 @@ def _attention_kernel(
     if DEPENDENT:
         gdc_wait()
 
-    offs_row = offs_place.to(INDEX) * stride_query_n
-    query_low = _load_part(query_ptr, offs_row, mask_query, 0, SPLIT, BLOCK_LOW, ALIGNMENT, 0.0)
+    offs_row = tl.multiple_of(offs_place.to(INDEX) * stride_query_n, ALIGNMENT)
+    query_low = _load_part(query_ptr, offs_row, mask_query, 0.0, 0, SPLIT, BLOCK_LOW)
     query_high = query_low
     acc_low = tl.zeros([BLOCK_M, BLOCK_LOW], dtype=tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     acc_high = peak
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     if SPLIT < HEAD_DIM:
-        query_high = _load_part(query_ptr, offs_row, mask_query, SPLIT, HEAD_DIM, BLOCK_HIGH, ALIGNMENT, 0.0)
+        query_high = _load_part(query_ptr, offs_row, mask_query, 0.0, SPLIT, HEAD_DIM, BLOCK_HIGH)
         acc_high = tl.zeros([BLOCK_M, BLOCK_HIGH], dtype=tl.float32)
         if HAS_ROTARY:
             query_low, query_high = _turn(

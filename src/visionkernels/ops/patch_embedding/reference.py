@@ -52,7 +52,7 @@ def reference_patch_embedding(
     size = weight.shape[2]
     rows, columns = height // size, width // size
     patches = pixels.reshape(batch, channels, rows, size, columns, size).permute(0, 2, 4, 1, 3, 5)
-    output = patches.reshape(batch, rows * columns, -1) @ weight.to(wide).flatten(1).T
+    output = patches.reshape(batch, rows * columns, channels * size * size) @ weight.to(wide).flatten(1).T
     if bias is not None:
         output = output + bias.to(wide)
     if position_embedding is not None:
