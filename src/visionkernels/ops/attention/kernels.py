@@ -44,7 +44,7 @@ def _turn(
     low, high, cos_ptr, sin_ptr, offs_token, mask_token, num_prefix_tokens,
     HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x * cos + rotate_half(x) * sin in float32; the prefix tokens have the angle 0."""
+    """Rotary embedding, x * cos + rotate_half(x) * sin in float32; the prefix tokens have the angle 0."""
     offs_table = (offs_token - num_prefix_tokens) * HEAD_DIM
     mask = mask_token & (offs_token >= num_prefix_tokens)
     cos_low = _load_part(cos_ptr, offs_table, mask, 1.0, 0, SPLIT, BLOCK).to(tl.float32)

@@ -104,7 +104,7 @@ def forward(
     grid = (tokens, 1, tokens, 1) if window is None else tuple(window)
     attending = grid[2] * grid[3]
     groups = batch * (tokens // attending) * heads
-    bias_strides = (0, 0, 0, 0)
+    bias_strides: tuple[int, ...] = (0, 0, 0, 0)
     if bias is not None:
         bias = bias.expand(batch, heads, attending, attending)
         if bias.stride(3) not in (0, 1):
@@ -122,7 +122,7 @@ def forward(
         scale * math.log2(math.e), heads, attending, num_prefix_tokens, *grid,
         head_dim, split, _padded(split), _padded(head_dim - split), tile.block_m, tile.block_n,
         bias_strides[3], bias is not None, cos is not None, window is not None,
-        _alignment((query, key, value), strides), tl.int32 if reach <= MAX_INT32 else tl.int64,
+        math.gcd(16, *strides), tl.int32 if reach <= MAX_INT32 else tl.int64,
         "ieee", INTERPRET and query.dtype == torch.bfloat16, tile.peel, tile.dependent,
     )  # fmt: skip
     options: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
@@ -144,11 +144,6 @@ def _split(head_dim: int, rotary: bool) -> int:
 def _padded(size: int) -> int:
     """The next power of two that a tensor core takes."""
     return max(16, 1 << (size - 1).bit_length()) if size > 0 else 16
-
-
-def _alignment(tensors: Sequence[Tensor], strides: Sequence[int]) -> int:
-    """The largest power of two, up to 16, that divides the offset of every row."""
-    return math.gcd(16, *strides)
 
 
 @lru_cache

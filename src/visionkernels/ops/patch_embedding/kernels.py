@@ -80,7 +80,7 @@ def _patch_embedding_kernel(
             offs_run = offs_k // RUN * stride_pixel_h
         else:
             offs_run = offs_k // (PATCH * PATCH) * stride_pixel_c + offs_k % (PATCH * PATCH) // PATCH * stride_pixel_h
-        offs_pixel = tl.multiple_of(offs_run, ALIGNMENT) + offs_k % RUN
+        offs_pixel = tl.max_contiguous(tl.multiple_of(offs_run + offs_k % RUN, ALIGNMENT), ALIGNMENT)
         mask_pixel = mask_patch[:, None]
         mask_weight = mask_c[:, None]
         if SIZE % BLOCK_K:
