@@ -63,17 +63,14 @@ def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _step(
-    peak, total, acc_low, acc_high,  # of the rows so far: [BLOCK_M] twice, [BLOCK_M, part] twice
-    query_low, query_high, key_ptr, value_ptr, bias_ptrs, cos_ptr, sin_ptr,
-    stride_key_n, stride_value_n, scale, start, num_tokens, num_prefix_tokens,
-    first_row, first_column, grid_width, window_width, mask_query,
+def _score(
+    query_low, query_high, key_ptr, cos_ptr, sin_ptr, stride_key_n, start, num_tokens, num_prefix_tokens,
+    first_row, first_column, grid_width, window_width,
     HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, BLOCK_LOW: tl.constexpr, BLOCK_HIGH: tl.constexpr,
-    BLOCK_N: tl.constexpr, STRIDE_BIAS_N: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ROTARY: tl.constexpr,
-    WINDOW: tl.constexpr, ALIGNMENT: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_ROTARY: tl.constexpr, WINDOW: tl.constexpr, ALIGNMENT: tl.constexpr,
+    INDEX: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys from ``start`` on to the sums; MASKED: some of them may not be there."""
+    """Products of the queries with the keys from ``start`` on, [BLOCK_M, BLOCK_N]; MASKED: some may not be there."""
     offs_token = start + tl.arange(0, BLOCK_N)
     mask_token = offs_token < (num_tokens if MASKED else start + BLOCK_N)
     offs_place = _place(offs_token, first_row, first_column, grid_width, window_width, WINDOW)
@@ -87,25 +84,40 @@ def _step(
                 HEAD_DIM, SPLIT, BLOCK_LOW,
             )  # fmt: skip
     scores = tl.zeros([query_low.shape[0], BLOCK_N], dtype=tl.float32)
-    scores = _dot(query_low, tl.trans(key_low), scores, PRECISION, UPCAST)  # [BLOCK_M, BLOCK_N]
+    scores = _dot(query_low, tl.trans(key_low), scores, PRECISION, UPCAST)
     if SPLIT < HEAD_DIM:
         scores = _dot(query_high, tl.trans(key_high), scores, PRECISION, UPCAST)
+    return scores
+
+
+@triton.jit
+def _add(
+    scores, peak, total, acc_low, acc_high,  # the rows so far: [BLOCK_M] twice, [BLOCK_M, part] twice
+    value_ptr, bias_ptrs, stride_value_n, scale, start, num_tokens,
+    first_row, first_column, grid_width, window_width, mask_query,
+    HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, BLOCK_LOW: tl.constexpr, BLOCK_HIGH: tl.constexpr,
+    BLOCK_N: tl.constexpr, STRIDE_BIAS_N: tl.constexpr, HAS_BIAS: tl.constexpr,
+    WINDOW: tl.constexpr, ALIGNMENT: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add the values from ``start`` on, weighted by their scores, to the sums."""
+    offs_token = start + tl.arange(0, BLOCK_N)
+    mask_token = offs_token < (num_tokens if MASKED else start + BLOCK_N)
+    offs_place = _place(offs_token, first_row, first_column, grid_width, window_width, WINDOW)
     if HAS_BIAS:
         LOG2_E: tl.constexpr = 1.4426950408889634
         bias_tile = bias_ptrs[:, None] + (offs_token * STRIDE_BIAS_N)[None, :]
         bias = tl.load(bias_tile, mask=mask_query[:, None] & mask_token[None, :], other=0.0).to(tl.float32)
         scores = scores * scale + bias * LOG2_E
+        factor = 1.0
+    else:
+        factor = scale
     if MASKED:
         scores = tl.where(mask_token[None, :], scores, float("-inf"))
-    if HAS_BIAS:
-        new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-        # Where every key so far is hidden by -inf there is no peak yet, and -inf - -inf would be NaN.
-        known = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weights = tl.exp2(scores - known[:, None])
-    else:
-        new_peak = tl.maximum(peak, tl.max(scores, axis=1) * scale)
-        known = new_peak
-        weights = tl.exp2(scores * scale - known[:, None])
+    new_peak = tl.maximum(peak, tl.max(scores, axis=1) * factor)
+    # Where every key so far is hidden by -inf there is no peak yet, and -inf - -inf would be NaN.
+    known = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    weights = tl.exp2(scores * factor - known[:, None])
     kept = tl.exp2(peak - known)
     total = total * kept + tl.sum(weights, axis=1)
     offs_value = tl.multiple_of(offs_place.to(INDEX) * stride_value_n, ALIGNMENT)
@@ -168,6 +180,7 @@ def _attention_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     PEEL: tl.constexpr,  # the last keys have a step of their own, and only that one masks
+    OVERLAP: tl.constexpr,  # the same, and the products of a step run while the softmax of the one before does
     DEPENDENT: tl.constexpr,  # launched while the kernel before still runs
 ):
     num_blocks = tl.cdiv(num_tokens, BLOCK_M)
@@ -212,23 +225,52 @@ def _attention_kernel(
                 query_low, query_high, cos_ptr, sin_ptr, offs_place, mask_query, num_prefix_tokens,
                 HEAD_DIM, SPLIT, BLOCK_LOW,
             )  # fmt: skip
-    end = num_tokens // BLOCK_N * BLOCK_N if PEEL else num_tokens
-    for start in tl.range(0, end, BLOCK_N):
-        peak, total, acc_low, acc_high = _step(
-            peak, total, acc_low, acc_high, query_low, query_high, key_ptr, value_ptr, bias_ptrs, cos_ptr, sin_ptr,
-            stride_key_n, stride_value_n, scale, start, num_tokens, num_prefix_tokens,
-            first_row, first_column, grid_width, window_width, mask_query,
-            HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH, BLOCK_N, STRIDE_BIAS_N, HAS_BIAS, HAS_ROTARY, WINDOW,
-            ALIGNMENT, INDEX, PRECISION, UPCAST, not PEEL,
+    last = (num_tokens - 1) // BLOCK_N * BLOCK_N
+    if OVERLAP:
+        scores = _score(
+            query_low, query_high, key_ptr, cos_ptr, sin_ptr, stride_key_n, 0, num_tokens, num_prefix_tokens,
+            first_row, first_column, grid_width, window_width, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH, BLOCK_N,
+            HAS_ROTARY, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, True,
         )  # fmt: skip
-    if PEEL:  # noqa: SIM102  (the outer one is decided when compiling)
-        if end < num_tokens:
-            peak, total, acc_low, acc_high = _step(
-                peak, total, acc_low, acc_high, query_low, query_high, key_ptr, value_ptr, bias_ptrs, cos_ptr, sin_ptr,
-                stride_key_n, stride_value_n, scale, end, num_tokens, num_prefix_tokens,
-                first_row, first_column, grid_width, window_width, mask_query,
-                HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH, BLOCK_N, STRIDE_BIAS_N, HAS_BIAS, HAS_ROTARY, WINDOW,
-                ALIGNMENT, INDEX, PRECISION, UPCAST, True,
+        for start in tl.range(0, last, BLOCK_N):
+            next_scores = _score(
+                query_low, query_high, key_ptr, cos_ptr, sin_ptr, stride_key_n, start + BLOCK_N, num_tokens, num_prefix_tokens,
+                first_row, first_column, grid_width, window_width, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH, BLOCK_N,
+                HAS_ROTARY, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, True,
+            )  # fmt: skip
+            peak, total, acc_low, acc_high = _add(
+                scores, peak, total, acc_low, acc_high, value_ptr, bias_ptrs, stride_value_n, scale, start, num_tokens,
+                first_row, first_column, grid_width, window_width, mask_query, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH,
+                BLOCK_N, STRIDE_BIAS_N, HAS_BIAS, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, False,
+            )  # fmt: skip
+            scores = next_scores
+        peak, total, acc_low, acc_high = _add(
+            scores, peak, total, acc_low, acc_high, value_ptr, bias_ptrs, stride_value_n, scale, last, num_tokens,
+            first_row, first_column, grid_width, window_width, mask_query, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH,
+            BLOCK_N, STRIDE_BIAS_N, HAS_BIAS, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, True,
+        )  # fmt: skip
+    else:
+        for start in tl.range(0, last if PEEL else num_tokens, BLOCK_N):
+            scores = _score(
+                query_low, query_high, key_ptr, cos_ptr, sin_ptr, stride_key_n, start, num_tokens, num_prefix_tokens,
+                first_row, first_column, grid_width, window_width, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH, BLOCK_N,
+                HAS_ROTARY, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, not PEEL,
+            )  # fmt: skip
+            peak, total, acc_low, acc_high = _add(
+                scores, peak, total, acc_low, acc_high, value_ptr, bias_ptrs, stride_value_n, scale, start, num_tokens,
+                first_row, first_column, grid_width, window_width, mask_query, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH,
+                BLOCK_N, STRIDE_BIAS_N, HAS_BIAS, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, not PEEL,
+            )  # fmt: skip
+        if PEEL:
+            scores = _score(
+                query_low, query_high, key_ptr, cos_ptr, sin_ptr, stride_key_n, last, num_tokens, num_prefix_tokens,
+                first_row, first_column, grid_width, window_width, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH, BLOCK_N,
+                HAS_ROTARY, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, True,
+            )  # fmt: skip
+            peak, total, acc_low, acc_high = _add(
+                scores, peak, total, acc_low, acc_high, value_ptr, bias_ptrs, stride_value_n, scale, last, num_tokens,
+                first_row, first_column, grid_width, window_width, mask_query, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH,
+                BLOCK_N, STRIDE_BIAS_N, HAS_BIAS, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, True,
             )  # fmt: skip
     if DEPENDENT:
         gdc_launch_dependents()
