@@ -75,7 +75,7 @@ def test_dtypes(backend, dtype, head_dim):
 def test_float64(backend):
     inputs = make(2, 17, 2, 16, F64)
     if backend.backend == "triton":
-        with pytest.raises(TypeError, match='query must be float32, .* for backend="triton", got torch.float64'):
+        with pytest.raises(TypeError, match=r'query must be float32, .* for backend="triton", got torch.float64'):
             check(backend, inputs)
     else:
         check(backend, inputs, rotary=tables(17, 16, F64))

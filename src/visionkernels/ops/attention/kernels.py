@@ -235,8 +235,8 @@ def _attention_kernel(
         for start in tl.range(0, last, BLOCK_N):
             next_scores = _score(
                 query_low, query_high, key_ptr, cos_ptr, sin_ptr, stride_key_n, start + BLOCK_N, num_tokens,
-                num_prefix_tokens, first_row, first_column, grid_width, window_width, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH,
-                BLOCK_N, HAS_ROTARY, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, True,
+                num_prefix_tokens, first_row, first_column, grid_width, window_width, HEAD_DIM, SPLIT, BLOCK_LOW,
+                BLOCK_HIGH, BLOCK_N, HAS_ROTARY, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, True,
             )  # fmt: skip
             peak, total, acc_low, acc_high = _add(
                 scores, peak, total, acc_low, acc_high, value_ptr, bias_ptrs, stride_value_n, scale, start, num_tokens,
