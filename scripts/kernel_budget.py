@@ -126,6 +126,8 @@ def specialise(recorded: tuple[Any, tuple[Any, ...], dict[str, int]]) -> tuple[d
         if isinstance(argument, torch.Tensor):
             signature[parameter.name] = "*" + TYPES[argument.dtype]
             multiple = argument.data_ptr() % 16 == 0
+        elif isinstance(argument, float):
+            signature[parameter.name], multiple = "fp32", False
         elif isinstance(argument, tuple):
             signature[parameter.name], multiple = ("i32",) * len(argument), False
         else:

@@ -86,7 +86,7 @@ def test_patch_sizes(backend, size, height, width, channels_last):
 def test_dtypes(backend, dtype, pixels, channels_last):
     inputs = make(dtype=dtype, pixels=pixels, normalised=pixels != F16, channels_last=channels_last)
     if pixels == F64 and backend.backend == "triton":
-        with pytest.raises(TypeError, match="pixel_values must be float32, float16 or bfloat16.*float64"):
+        with pytest.raises(TypeError, match=r"pixel_values must be float32, float16 or bfloat16.*float64"):
             check(backend, *inputs)
     else:
         check(backend, *inputs)

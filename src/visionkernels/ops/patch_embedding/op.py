@@ -177,6 +177,6 @@ def _numbers(name: str, numbers: Sequence[float] | Tensor | None) -> list[float]
         isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers
     ):
         raise TypeError(f"{name} must be three numbers or None, got {_inference.shown(numbers)}")
-    if len(numbers) != 3 or not all(math.isfinite(number) for number in numbers):
+    if len(numbers) != 3 or not all(-math.inf < number < math.inf for number in numbers):
         raise ValueError(f"{name} must be three finite numbers, one a channel, got {list(numbers)}")
     return [float(number) for number in numbers]
