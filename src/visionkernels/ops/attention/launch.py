@@ -56,8 +56,8 @@ def choose_tile(num_tokens: int, groups: int, head_dim: int, itemsize: int, rota
     Returns:
         Queries and keys of a step, warps and stages.
     """
-    if itemsize == 4:  # without tensor cores: products of small tiles are all that fits in registers
-        return Tile(32, 32, 4, 2)
+    if itemsize == 4:  # without tensor cores; what turns the keys, or reads ahead in long heads, takes registers
+        return Tile(32, 32, 8, 1) if rotary else Tile(64 if head_dim <= 64 < num_tokens else 32, 32, 8, 2)
     block_m = 64
     if groups * math.ceil(num_tokens / 64) < 132:  # fewer programs than processors: smaller ones use more of these
         block_m = 32 if num_tokens > 16 else 16
