@@ -1,0 +1,121 @@
+"""The files of a checkpoint: a directory, or what the Hugging Face hub has under an id."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from visionkernels.errors import UserError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose weights are not read yet.
+
+    Attributes:
+        name: What the caller named.
+        config: The parsed config.json.
+        preprocessor: The parsed preprocessor_config.json, or None if there is none.
+        files: The safetensors file of every tensor.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    preprocessor: Mapping[str, Any] | None
+    files: Mapping[str, Path]
+
+
+def open_checkpoint(model: str | Path) -> Checkpoint:
+    """Find the files of a checkpoint.
+
+    Args:
+        model: A directory, or an id on the hub, whose files are downloaded unless they are in its cache.
+
+    Raises:
+        UserError: If it is neither, or lacks a file.
+    """
+    missing = [name for name in ("safetensors",) if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError("model: reading a checkpoint needs safetensors: pip install 'visionkernels[hf]'")
+    find = _finder(model)
+    config = find("config.json")
+    if config is None:
+        raise UserError(f"model: {model} is no checkpoint: there is no config.json in it")
+    preprocessor = find("preprocessor_config.json")
+    return Checkpoint(
+        str(model),
+        _read_json(config, model),
+        None if preprocessor is None else _read_json(preprocessor, model),
+        _tensor_files(find, model),
+    )
+
+
+def _finder(model: str | Path) -> Callable[[str], Path | None]:
+    """A function that returns the path of one of the checkpoint's files, or None if it has no such file."""
+    path = Path(model)
+    if path.is_file():
+        raise UserError(f"model: {model} is a file; name the checkpoint's directory")
+    if path.is_dir():
+        return lambda name: path / name if (path / name).is_file() else None
+    if path.is_absolute() or str(model).startswith((".", "~")) or len(path.parts) != 2:
+        raise UserError(f"model: there is no directory {model}")  # it cannot be a hub id
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise UserError(
+            f"model: there is no directory {model}, and the hub needs huggingface_hub: pip install 'visionkernels[hf]'"
+        )
+    return lambda name: _download(str(model), name)
+
+
+def _download(model: str, name: str) -> Path | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(model, name))
+    except LocalEntryNotFoundError as error:  # the hub was not reached; also an EntryNotFoundError
+        if name == "config.json":
+            raise UserError(f"model: {model} is no directory, and the hub cannot be reached") from error
+        return None
+    except EntryNotFoundError:
+        return None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"model: {model} is neither a directory nor a model that the hub gave out: {reason}") from error
+
+
+def _read_json(path: Path, model: str | Path) -> Any:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"model: {path.name} in {model} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"model: {path.name} in {model} must hold an object, but it holds a {type(found).__name__}")
+    return found
+
+
+def _tensor_files(find: Callable[[str], Path | None], model: str | Path) -> dict[str, Path]:
+    from safetensors import SafetensorError, safe_open
+
+    index = find(INDEX)
+    if index is None:
+        single = find(WEIGHTS)
+        if single is None:
+            raise UserError(f"model: {model} has no weights in it: neither {WEIGHTS} nor {INDEX}")
+        try:
+            with safe_open(single, "pt") as file:
+                return dict.fromkeys(file.keys(), single)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"model: {WEIGHTS} in {model} cannot be read: {error}") from error
+    shards: Mapping[str, str] = _read_json(index, model).get("weight_map", {})
+    paths = {name: find(name) for name in sorted(set(shards.values()))}
+    absent = [name for name, path in paths.items() if path is None]
+    if absent:
+        raise UserError(f"model: {model} lacks {absent[0]}, which {INDEX} names")
+    return {name: path for name, shard in shards.items() if (path := paths[shard]) is not None}

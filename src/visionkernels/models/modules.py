@@ -1,0 +1,179 @@
+"""The parts of a vision transformer: their weights as buffers, and the order of the operators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visionkernels.models.config import ViTConfig
+from visionkernels.ops.attention.op import packed_attention
+from visionkernels.ops.layer_norm.op import layer_norm
+from visionkernels.ops.linear.op import gated_linear, linear
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every operator of a forward is told.
+
+    Attributes:
+        eps: Of the layer norms.
+        activation: Of the MLPs.
+        precision: Of float32 products.
+        backend: One of `ops._inference.BACKENDS`.
+    """
+
+    eps: float
+    activation: str
+    precision: str
+    backend: str
+
+
+class Affine(nn.Module):
+    """A weight and perhaps a bias.
+
+    The weights are buffers, not parameters, because nothing here is trained: an optimizer or a gradient that
+    expects parameters finds none.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, *shape: int, bias: bool = True) -> None:
+        super().__init__()
+        rows = shape[0]
+        if len(shape) == 1:
+            self.register_buffer("weight", torch.ones(rows))
+        else:
+            fan_in = shape[1:].numel() if isinstance(shape, torch.Size) else torch.Size(shape[1:]).numel()
+            self.register_buffer("weight", torch.randn(shape) * fan_in**-0.5)
+        self.register_buffer("bias", torch.zeros(rows) if bias else None)
+
+    def norm(self, x: Tensor, options: Options) -> Tensor:
+        """Layer norm with this weight."""
+        return layer_norm(x, self.weight, self.bias, options.eps, backend=options.backend)
+
+    def linear(self, x: Tensor, options: Options, **epilogue: str | Tensor | None) -> Tensor:
+        """Linear layer with this weight; `epilogue` as the operator takes it."""
+        return linear(x, self.weight, self.bias, precision=options.precision, backend=options.backend, **epilogue)  # type: ignore[arg-type]
+
+    def gated(self, x: Tensor, options: Options) -> Tensor:
+        """Gated linear layer with this weight."""
+        return gated_linear(
+            x,
+            self.weight,
+            self.bias,
+            activation=options.activation,
+            precision=options.precision,
+            backend=options.backend,
+        )
+
+
+class Layer(nn.Module):
+    """A layer of the encoder: norm, attention, norm, MLP, with a residual around each pair.
+
+    Args:
+        config: The model's shape.
+    """
+
+    scale1: Tensor | None
+    scale2: Tensor | None
+    relative_position_bias_table: Tensor | None
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        channels, hidden = config.hidden_size, config.intermediate_size
+        inner = config.num_heads * config.channels_per_head
+        self.num_heads, self.num_prefix_tokens = config.num_heads, config.num_prefix_tokens
+        self.gated_mlp = config.gated_mlp
+        self.norm1 = Affine(channels)
+        self.qkv = Affine(3 * inner, channels, bias=any(config.qkv_bias))
+        self.output = Affine(channels, inner, bias=config.output_bias)
+        self.register_buffer("scale1", torch.ones(channels) if config.layer_scale else None)
+        self.norm2 = Affine(channels)
+        self.fc1 = Affine(hidden * (2 if config.gated_mlp else 1), channels, bias=config.mlp_bias)
+        self.fc2 = Affine(channels, hidden, bias=config.mlp_bias)
+        self.register_buffer("scale2", torch.ones(channels) if config.layer_scale else None)
+        table = relative_position_bias_table(config) if config.relative_position_bias == "layer" else None
+        self.register_buffer("relative_position_bias_table", table)
+
+    def forward(
+        self, x: Tensor, options: Options, bias: Tensor | None = None, rotary: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            x: `[B, N, C]`.
+            options: Of the operators.
+            bias: Added to the attention's scores, `[1, H, N, N]`.
+            rotary: (cos, sin), each `[P, D]`.
+
+        Returns:
+            `[B, N, C]`.
+        """
+        qkv = self.qkv.linear(self.norm1.norm(x, options), options)
+        # Only a rotary embedding tells the prefix from the patches.
+        prefix = 0 if rotary is None else self.num_prefix_tokens
+        mixed = packed_attention(
+            qkv, self.num_heads, bias=bias, rotary=rotary, num_prefix_tokens=prefix, backend=options.backend
+        )
+        x = self.output.linear(mixed, options, residual=x, scale=self.scale1)
+        normed = self.norm2.norm(x, options)
+        if self.gated_mlp:
+            hidden = self.fc1.gated(normed, options)
+        else:
+            hidden = self.fc1.linear(normed, options, activation=options.activation)
+        return self.fc2.linear(hidden, options, residual=x, scale=self.scale2)
+
+
+class AttentionPool(nn.Module):
+    """SigLIP's pooling: one learned query attends to all tokens, and an MLP follows.
+
+    Args:
+        config: The model's shape.
+    """
+
+    probe: Tensor
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        channels = config.hidden_size
+        self.num_heads = config.num_heads
+        self.register_buffer("probe", torch.randn(1, channels))
+        self.qkv = Affine(3 * channels, channels)
+        self.output = Affine(channels, channels)
+        self.norm = Affine(channels)
+        self.fc1 = Affine(config.intermediate_size, channels)
+        self.fc2 = Affine(channels, config.intermediate_size)
+
+    def forward(self, x: Tensor, options: Options) -> Tensor:
+        """Pool the tokens.
+
+        Args:
+            x: `[B, N, C]`.
+            options: Of the operators.
+
+        Returns:
+            `[B, C]`.
+        """
+        batch, _, channels = x.shape
+        weight, bias = self.qkv.weight, self.qkv.bias
+        assert bias is not None
+        precision, backend = options.precision, options.backend
+        query = linear(self.probe, weight[:channels], bias[:channels], precision=precision, backend=backend)
+        memory = linear(x, weight[channels:], bias[channels:], precision=precision, backend=backend)
+        # One query to many keys: PyTorch's attention, as this package's has as many queries as keys.
+        query = query.view(1, 1, self.num_heads, -1).expand(batch, -1, -1, -1).transpose(1, 2)
+        key, value = memory.unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(batch, channels)
+        pooled = self.output.linear(mixed, options)
+        hidden = self.fc1.linear(self.norm.norm(pooled, options), options, activation=options.activation)
+        return self.fc2.linear(hidden, options, residual=pooled)
+
+
+def relative_position_bias_table(config: ViTConfig) -> Tensor:
+    """A table of zeros: a row for every offset of two patches, and three for those with the class token."""
+    rows, columns = config.grid
+    return torch.zeros((2 * rows - 1) * (2 * columns - 1) + 3, config.num_heads)

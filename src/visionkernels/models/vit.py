@@ -1,0 +1,442 @@
+"""A vision transformer for inference, with the weights of Hugging Face checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from visionkernels.errors import UserError
+from visionkernels.models import positions
+from visionkernels.models.config import ViTConfig
+from visionkernels.models.files import Checkpoint, open_checkpoint
+from visionkernels.models.graphs import GraphPool
+from visionkernels.models.modules import Affine, AttentionPool, Layer, Options, relative_position_bias_table
+from visionkernels.models.positions import Positions
+from visionkernels.models.weights import load, settle
+from visionkernels.ops import _inference
+from visionkernels.ops.patch_embedding.op import patch_embedding
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_SIZES_KEPT = 32  # image sizes whose positions are kept
+_BIAS_SHARE = 16  # relative position biases are kept if they take at most a 16th of the weights
+
+
+@dataclass(frozen=True, eq=False)
+class ViTOutput:
+    """What a vision transformer gives, as the model of transformers gives it; None for what the checkpoint lacks.
+
+    Attributes:
+        last_hidden_state: `[B, N, C]`, all tokens, the prefix first; after the last norm, where the family has one
+            there (CLIP and BEiT with mean pooling have not).
+        pooler_output: `[B, C]`.
+        logits: `[B, labels]`.
+        image_embeds: `[B, projection size]`, CLIP's projection.
+        hidden_states: What enters the first layer and what leaves each one, if asked for.
+    """
+
+    last_hidden_state: Tensor
+    pooler_output: Tensor | None = None
+    logits: Tensor | None = None
+    image_embeds: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> ViTOutput:
+        """The same with `function` of every tensor."""
+        return _pytree.tree_map(function, self)
+
+
+_pytree.register_pytree_node(
+    ViTOutput,
+    lambda output: ([getattr(output, field.name) for field in fields(output)], None),
+    lambda values, _: ViTOutput(*values),
+    serialized_type_name="visionkernels.models.ViTOutput",
+)
+
+
+class ViT(nn.Module):
+    """A vision transformer on this package's operators, for inference.
+
+    `ViT.from_pretrained` loads a checkpoint; the constructor makes one with random weights. On a GPU a CUDA graph is
+    captured for each batch and image size, and replayed; results are copies, which no later call overwrites. A batch
+    runs in a graph of up to a quarter more images if there is one, and else gets its own. Inside `torch.compile`,
+    `torch.export` and a capture of the caller's, the operators run one by one; so they do with `cuda_graphs = False`
+    and while a layer has hooks. `torch.autocast` changes nothing: the model computes in the dtype of its weights.
+    Products of float32 are exact unless `torch.set_float32_matmul_precision` allows less.
+
+    Args:
+        config: The model's shape.
+        dtype: Of the weights; float32 by default.
+        device: Where the weights are; the CPU by default.
+        backend: `"auto"`, `"triton"` or `"pytorch"`, for every operator.
+        cuda_graphs: Whether forwards on a GPU are captured and replayed.
+
+    Attributes:
+        config: The model's shape.
+        backend: As given; may be set.
+        cuda_graphs: As given; may be set.
+        name: Which checkpoint it is from, or None.
+        pixel_mean: Mean of the pixels by channel, of 1, that uint8 pictures are normalised by; or None.
+        pixel_std: Their standard deviation.
+
+    Example:
+        >>> vit = ViT(ViTConfig("vit", hidden_size=32, num_heads=2, num_layers=1, intermediate_size=64))
+        >>> vit(torch.zeros(1, 3, 224, 224)).last_hidden_state.shape
+        torch.Size([1, 197, 32])
+    """
+
+    class_tokens: Tensor | None
+    register_tokens: Tensor | None
+    position: Tensor | None
+    relative_position_bias_table: Tensor | None
+
+    def __init__(
+        self,
+        config: ViTConfig,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        backend: str = "auto",
+        cuda_graphs: bool = True,
+    ) -> None:
+        super().__init__()
+        _inference.check_choice("backend", backend, _inference.BACKENDS)
+        self.config, self.backend, self.cuda_graphs = config, backend, cuda_graphs
+        self.name: str | None = None
+        self.pixel_mean: tuple[float, ...] | None = None
+        self.pixel_std: tuple[float, ...] | None = None
+        self._positions: dict[tuple[int, int], Positions] = {}
+        self._graphs = GraphPool()
+        with torch.inference_mode(False), torch.device(device or "cpu"):
+            self._make(config)
+        if dtype is not None:
+            self.to(dtype)
+        self.eval()
+
+    def _make(self, config: ViTConfig) -> None:
+        channels = config.hidden_size
+        self.patch = Affine(channels, 3, config.patch_size, config.patch_size, bias=config.patch_bias)
+        classes, registers = config.num_class_tokens, config.num_register_tokens
+        has_registers = config.family in ("dinov2_with_registers", "dinov3")
+        self.register_buffer("class_tokens", torch.randn(classes, channels) if classes else None)
+        self.register_buffer("register_tokens", torch.randn(registers, channels) if has_registers else None)
+        patches = config.grid[0] * config.grid[1]
+        learned = config.position == "learned"
+        self.register_buffer("position", torch.randn(classes + patches, channels) if learned else None)
+        self.pre_norm = Affine(channels) if config.pre_norm else None
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        table = relative_position_bias_table(config) if config.relative_position_bias == "shared" else None
+        self.register_buffer("relative_position_bias_table", table)
+        self.norm = Affine(channels) if config.final_norm else None
+        self.pooler = Affine(config.pooler_size or channels, channels) if config.pooling == "dense" else None
+        self.pooler_norm = Affine(channels) if config.pooling in ("class_norm", "mean_norm") else None
+        self.pool = AttentionPool(config) if config.pooling == "attention" else None
+        self.projection = Affine(config.projection_size, channels, bias=False) if config.projection_size else None
+        seen, labels = channels * (2 if config.classifier == "class_and_mean" else 1), len(config.labels)
+        self.classifier = Affine(labels, seen) if config.classifier else None
+        self.distillation_classifier = Affine(labels, seen) if config.classifier == "distilled" else None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        backend: str = "auto",
+        image_size: int | tuple[int, int] | None = None,
+        cuda_graphs: bool = True,
+    ) -> ViT:
+        """Load a checkpoint of ViT, DeiT, DINOv2 (with registers), DINOv3, CLIP, SigLIP or BEiT.
+
+        Args:
+            model: A directory with a config.json and safetensors files, or an id on the Hugging Face hub.
+            dtype: Of the weights; by default as the checkpoint has them.
+            device: `"cpu"`, `"cuda"` or `"cuda:<index>"`; the CPU by default.
+            backend: `"auto"`, `"triton"` or `"pytorch"`, for every operator.
+            image_size: The side, or (height, width), that pictures will have: `visionkernels.embed` and
+                `visionkernels.classify` resize to it, and the positions for it are made at once. By default that of
+                the checkpoint. Pictures of any size can be passed to the model in any case.
+            cuda_graphs: Whether forwards on a GPU are captured and replayed.
+
+        Returns:
+            The model, in evaluation mode.
+
+        Raises:
+            UserError: In one sentence, if the checkpoint is incomplete, of a family that is not known, or has
+                tensors that the model has no place for; or the device does not support the dtype.
+
+        Example:
+            >>> vit = ViT.from_pretrained("google/vit-base-patch16-224", device="cuda")  # doctest: +SKIP
+        """
+        checkpoint = open_checkpoint(model)
+        config = settle(ViTConfig.from_dict(checkpoint.config), checkpoint.files)
+        dtype = dtype or _stored_dtype(checkpoint)
+        if dtype not in DTYPES:
+            raise UserError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, but it is {dtype}")
+        target = torch.device(device or "cpu")
+        _check_support(dtype, target)
+        vit = cls(config, dtype=dtype, device="meta", backend=backend, cuda_graphs=cuda_graphs)
+        with torch.inference_mode(False), torch.no_grad():
+            vit.to_empty(device=target)
+            load(checkpoint, config, vit)
+        vit.name = checkpoint.name
+        vit.pixel_mean, vit.pixel_std = _normalisation(checkpoint.preprocessor)
+        vit.image_size = image_size  # type: ignore[assignment]
+        return vit
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """(height, width) that pictures are resized to in place of the checkpoint's size; None for that."""
+        return self._image_size
+
+    @image_size.setter
+    def image_size(self, size: int | tuple[int, int] | None) -> None:
+        pair = (size, size) if isinstance(size, int) else size
+        if pair is not None:
+            self._check_size(*pair, "image_size")
+            patch = self.config.patch_size
+            self._positions_of((pair[0] // patch, pair[1] // patch))
+        self._image_size = pair
+
+    _image_size: tuple[int, int] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.patch.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.patch.weight.device
+
+    def forward(self, pixel_values: Tensor, *, output_hidden_states: bool = False) -> ViTOutput:
+        """Run the model.
+
+        Args:
+            pixel_values: `[B, 3, H, W]`, H and W multiples of the patch size. Floating numbers, normalised as the
+                checkpoint's image processor does it; or uint8 from 0 to 255, which are normalised here.
+            output_hidden_states: Return what is between the layers too.
+
+        Returns:
+            The outputs, in the dtype of the weights.
+
+        Raises:
+            TypeError: `pixel_values` is no tensor, or of a dtype that is not supported.
+            ValueError: It is of a wrong shape or on another device, or uint8 without a known mean.
+            RuntimeError: Gradients are asked for.
+        """
+        self._check_pixels(pixel_values)
+        if torch.is_autocast_enabled(self.device.type):
+            with torch.autocast(self.device.type, enabled=False):
+                return self._run(pixel_values, output_hidden_states)
+        return self._run(pixel_values, output_hidden_states)
+
+    def _run(self, pixel_values: Tensor, output_hidden_states: bool) -> ViTOutput:
+        if not self.cuda_graphs or not GraphPool.applies(pixel_values) or self._hooked():
+            return self._encode(pixel_values, output_hidden_states)
+        if pixel_values.dtype != torch.uint8 and pixel_values.dtype != self.dtype:
+            dtype = self.dtype  # the copy into the graph's input converts
+        else:
+            dtype = pixel_values.dtype
+        options = (output_hidden_states, self.backend, torch.get_float32_matmul_precision())
+        return self._graphs.run(lambda pixels: self._encode(pixels, output_hidden_states), pixel_values, dtype, options)
+
+    def _hooked(self) -> bool:
+        return any(layer._forward_hooks or layer._forward_pre_hooks for layer in self.layers)
+
+    def _encode(self, pixel_values: Tensor, output_hidden_states: bool) -> ViTOutput:
+        config = self.config
+        precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        options = Options(config.layer_norm_eps, config.activation, precision, self.backend)
+        place = self._positions_of(
+            (pixel_values.shape[2] // config.patch_size, pixel_values.shape[3] // config.patch_size)
+        )
+        normalised = pixel_values.dtype != torch.uint8
+        x = patch_embedding(
+            pixel_values,
+            self.patch.weight,
+            self.patch.bias,
+            position_embedding=place.patches,
+            prefix_tokens=place.prefix,
+            mean=None if normalised else self.pixel_mean,
+            std=None if normalised else self.pixel_std,
+            backend=self.backend,
+        )
+        if self.pre_norm is not None:
+            x = self.pre_norm.norm(x, options)
+        states = [x] if output_hidden_states else []
+        for i, layer in enumerate(self.layers):
+            bias = place.bias(i if config.relative_position_bias == "layer" else 0)
+            x = layer(x, options, bias, place.rotary)
+            if output_hidden_states:
+                states.append(x)
+        last = x if self.norm is None else self.norm.norm(x, options)
+        pooled = self._pooled(last, options)
+        return ViTOutput(
+            last,
+            pooled,
+            self._logits(last, pooled, options),
+            None if self.projection is None or pooled is None else self.projection.linear(pooled, options),
+            tuple(states) if output_hidden_states else None,
+        )
+
+    def _pooled(self, last: Tensor, options: Options) -> Tensor | None:
+        pooling = self.config.pooling
+        if pooling is None:
+            return None
+        if self.pool is not None:
+            return self.pool(last, options)
+        pooled = last[:, 1:].mean(1) if pooling == "mean_norm" else last[:, 0]
+        if self.pooler_norm is not None:
+            return self.pooler_norm.norm(pooled, options)
+        if self.pooler is not None:
+            return self.pooler.linear(pooled, options).tanh()
+        return pooled.clone()  # no view, which would keep all tokens alive
+
+    def _logits(self, last: Tensor, pooled: Tensor | None, options: Options) -> Tensor | None:
+        if self.classifier is None:
+            return None
+        kind, patches = self.config.classifier, last[:, self.config.num_prefix_tokens :]
+        if self.distillation_classifier is not None:
+            logits = self.classifier.linear(last[:, 0], options)
+            return (logits + self.distillation_classifier.linear(last[:, 1], options)) / 2
+        if kind == "class_and_mean":
+            seen = torch.cat([last[:, 0], patches.mean(1)], 1)
+        elif kind == "mean":
+            seen = patches.mean(1)
+        elif kind == "pooled" and pooled is not None:
+            seen = pooled
+        else:
+            seen = last[:, 0]
+        return self.classifier.linear(seen, options)
+
+    def _positions_of(self, grid: tuple[int, int]) -> Positions:
+        if torch.compiler.is_compiling():
+            return self._make_positions(grid)  # part of the program
+        found = self._positions.get(grid)
+        if found is None:
+            with torch.inference_mode(False), torch.no_grad():
+                found = self._make_positions(grid)
+            if len(self._positions) >= _SIZES_KEPT:
+                self._positions.pop(next(iter(self._positions)))
+            self._positions[grid] = found
+        return found
+
+    def _make_positions(self, grid: tuple[int, int]) -> Positions:
+        config, prefix = self.config, self.class_tokens
+        patches = rotary = None
+        if self.position is not None:
+            count = config.num_class_tokens
+            patches = positions.interpolate(
+                self.position[count:],
+                config.grid,
+                grid,
+                float32=config.position_float32,
+                antialias=config.position_antialias,
+            )
+            prefix = None if prefix is None else prefix + self.position[:count]
+        if prefix is not None and self.register_tokens is not None:
+            prefix = torch.cat([prefix, self.register_tokens])
+        if config.position == "rotary":
+            rotary = positions.rotary(grid, config.channels_per_head, config.rope_theta, self.patch.weight)
+        if config.relative_position_bias is None:
+            return Positions(prefix, patches, rotary)
+        tables = [t for t in (self.relative_position_bias_table, *self._layer_tables()) if t is not None]
+        tables = [positions.resize_table(table, config.grid, grid) for table in tables]
+        index = positions.relative_index(grid, self.device)
+        size = len(tables) * config.num_heads * index.numel()
+        if size * _BIAS_SHARE > sum(buffer.numel() for buffer in self.buffers()):
+            return Positions(prefix, patches, rotary, tables, [], index)
+        return Positions(prefix, patches, rotary, tables, [positions.expand_bias(table, index) for table in tables])
+
+    def _layer_tables(self) -> list[Tensor | None]:
+        return [layer.relative_position_bias_table for layer in self.layers]  # type: ignore[misc]
+
+    def _check_pixels(self, pixel_values: Tensor) -> None:
+        if not isinstance(pixel_values, Tensor):
+            raise TypeError(f"pixel_values must be a tensor [B, 3, H, W], got {type(pixel_values).__name__}")
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != 3:
+            raise ValueError(f"pixel_values must be [B, 3, H, W], got {list(pixel_values.shape)}")
+        if pixel_values.device != self.device:
+            raise ValueError(
+                f"pixel_values must be on {self.device} like the model, got {pixel_values.device}; move one with .to()"
+            )
+        self._check_size(pixel_values.shape[2], pixel_values.shape[3], "pixel_values")
+        if pixel_values.dtype == torch.uint8 and self.pixel_mean is None:
+            raise ValueError(
+                "pixel_values must be floating numbers: uint8 pictures are normalised by the mean and deviation of a "
+                "preprocessor_config.json, and this model has none; set pixel_mean and pixel_std"
+            )
+        if pixel_values.dtype != torch.uint8 and not pixel_values.is_floating_point():
+            raise TypeError(f"pixel_values must be floating numbers or uint8, got {pixel_values.dtype}")
+        _inference.refuse_gradients("ViT", pixel_values, instead="the model of transformers")
+
+    def _check_size(self, height: int, width: int, name: str) -> None:
+        patch = self.config.patch_size
+        if height % patch or width % patch or not height or not width:
+            raise ValueError(
+                f"{name} must have a height and a width that are multiples of the patch size {patch}, "
+                f"got {height} x {width}"
+            )
+
+    def _forget(self) -> None:
+        """Drop what was made from the weights."""
+        self._positions.clear()
+        self._graphs.clear()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ViT:
+        super()._apply(fn, recurse)
+        self._forget()
+        _check_support(self.dtype, self.device)
+        return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As `torch.nn.Module.load_state_dict`."""
+        result = super().load_state_dict(state_dict, strict, assign)
+        self._forget()
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_positions": {}, "_graphs": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._graphs = GraphPool()
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that config.json names, else that of the first floating tensor."""
+    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    dtype = getattr(torch, str(named).removeprefix("torch."), None) if named else None
+    return dtype if dtype in DTYPES else torch.float32
+
+
+def _check_support(dtype: torch.dtype, device: torch.device) -> None:
+    if dtype != torch.bfloat16 or device.type != "cuda":
+        return
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"dtype: {name} ({device}) has no bfloat16; use torch.float16 or torch.float32")
+
+
+def _normalisation(
+    preprocessor: Mapping[str, Any] | None,
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Mean and deviation by channel that an image processor's settings name, or None."""
+    if preprocessor is None or abs(preprocessor.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
+        return None, None
+    if not preprocessor.get("do_rescale", True):
+        return None, None
+    if not preprocessor.get("do_normalize", True):
+        return (0.0,) * 3, (1.0,) * 3
+    mean, std = preprocessor.get("image_mean"), preprocessor.get("image_std")
+    if mean is None or std is None:
+        return None, None
+    return tuple(float(x) for x in mean), tuple(float(x) for x in std)
