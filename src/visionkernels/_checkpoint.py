@@ -1,4 +1,4 @@
-"""Load a detection checkpoint of Hugging Face transformers, or say in one sentence why that cannot be."""
+"""Load a checkpoint of Hugging Face transformers, or say in one sentence why that cannot be."""
 
 import importlib.util
 from pathlib import Path
@@ -8,6 +8,10 @@ from typing import Any
 import torch
 
 from visionkernels.errors import UserError
+
+# Image processors that need torchvision, and the one that does the same on Pillow. DINOv3's resizes in float32, this
+# one in 8 bits: pixels differ by a rounding.
+_ON_PILLOW = {"DINOv3ViTImageProcessor": "ViTImageProcessor"}
 
 
 def require(*packages: str, job: str = "detect") -> None:
@@ -40,7 +44,7 @@ def load_checkpoint(model: str | Path) -> tuple[Any, Any]:
             f"model: {model} holds a {config.model_type} model, which is no object detector for images alone"
         )
     try:
-        processor = _load_processor(model)
+        processor = load_processor(model)
         loaded, info = AutoModelForObjectDetection.from_pretrained(
             model,
             config=config,
@@ -63,7 +67,7 @@ def load_checkpoint(model: str | Path) -> tuple[Any, Any]:
     return processor, loaded
 
 
-def _load_processor(model: str | Path) -> Any:
+def load_processor(model: str | Path) -> Any:
     """Load the image processor, the one that works on Pillow where there are two.
 
     transformers' `AutoImageProcessor` prefers the one that needs torchvision; 5.17 knows no other.
@@ -74,6 +78,7 @@ def _load_processor(model: str | Path) -> Any:
     settings = get_image_processor_config(model)
     kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or ""
     kind = kind.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
+    kind = _ON_PILLOW.get(kind, kind)
     cls = getattr(transformers, f"{kind}Pil", None) or transformers.AutoImageProcessor
     return cls.from_pretrained(model)
 

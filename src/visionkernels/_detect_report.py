@@ -52,10 +52,10 @@ def run(
     if output is not None:
         check_output(output)
     picture = read_image(image)
-    _silence_transformers()
-    with _spinner("loading the model", quiet):
+    silence_transformers()
+    with spinner("loading the model", quiet):
         detector = Detector(model, device=device)
-    with _spinner("looking for objects", quiet):
+    with spinner("looking for objects", quiet):
         found = detector(picture, threshold=threshold, time_twice=True)
     if output is not None:
         write_image(draw_boxes(found.image, found.objects), output)
@@ -108,7 +108,8 @@ def print_table(report: Report) -> None:
 
 
 @contextlib.contextmanager
-def _spinner(what: str, quiet: bool) -> Iterator[None]:
+def spinner(what: str, quiet: bool) -> Iterator[None]:
+    """Show on stderr of a terminal that something takes a while."""
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -119,7 +120,7 @@ def _spinner(what: str, quiet: bool) -> Iterator[None]:
         yield
 
 
-def _silence_transformers() -> None:
+def silence_transformers() -> None:
     """Leave stderr to the spinner and to errors; transformers would say the same again, at length."""
     if importlib.util.find_spec("transformers") is None:
         return  # Detector says so

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
-from visionkernels import __version__
+from visionkernels import __version__, _cli_images
 from visionkernels.errors import UserError
 
 _DETECT_HELP = """\
@@ -27,7 +27,6 @@ examples:
   visionkernels detect street.jpg --model ./my-detector --threshold 0.3 --device cpu
   visionkernels detect street.jpg --json > found.json  for other programs: stdout holds nothing else
 """
-
 
 _BENCH_HELP = """\
 Measure the operators beside their peers, in one run: first how far a result is from float64, then the time
@@ -84,6 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"visionkernels {__version__}")
     subparsers = parser.add_subparsers(title="jobs", metavar="JOB", required=True)
     _add_detect(subparsers)
+    _cli_images.add_embed(subparsers)
+    _cli_images.add_classify(subparsers)
     _add_bench(subparsers)
     _add_doctor(subparsers)
     _add_integrations(subparsers)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_accurate
+from models.tiny_vits import CASES, FAMILY_CASES, Case, cast, outputs, relative_error, save
 from torch import Tensor
 
-from models.tiny_vits import CASES, FAMILY_CASES, Case, cast, outputs, relative_error, save
 from visionkernels.models import ViT
 
 HALVES = [torch.float16, torch.bfloat16]

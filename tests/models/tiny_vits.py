@@ -95,7 +95,7 @@ FAMILY_CASES = ("vit", "deit", "dinov2", "registers", "dinov3", "clip-full", "si
 
 
 def redraw(model: torch.nn.Module) -> None:
-    """Weights by fan-in, scales near one, all else of order one: at its default start a model computes next to nothing."""
+    """Weights by fan-in, scales near one, all else of order one: a fresh model computes next to nothing."""
     for name, parameter in model.named_parameters():
         noise = torch.randn_like(parameter)
         if "lambda" in name or (parameter.dim() == 1 and "norm" in name and name.endswith("weight")):

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from visionkernels.errors import UserError
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -22,7 +25,8 @@ class Checkpoint:
     Attributes:
         name: What the caller named.
         config: The parsed config.json.
-        preprocessor: The parsed preprocessor_config.json, or None if there is none.
+        preprocessor: The settings of the image processor, of preprocessor_config.json or of processor_config.json; or
+            None.
         files: The safetensors file of every tensor.
     """
 
@@ -41,20 +45,21 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     Raises:
         UserError: If it is neither, or lacks a file.
     """
-    missing = [name for name in ("safetensors",) if importlib.util.find_spec(name) is None]
-    if missing:
+    if importlib.util.find_spec("safetensors") is None:
         raise UserError("model: reading a checkpoint needs safetensors: pip install 'visionkernels[hf]'")
     find = _finder(model)
     config = find("config.json")
     if config is None:
         raise UserError(f"model: {model} is no checkpoint: there is no config.json in it")
-    preprocessor = find("preprocessor_config.json")
-    return Checkpoint(
-        str(model),
-        _read_json(config, model),
-        None if preprocessor is None else _read_json(preprocessor, model),
-        _tensor_files(find, model),
-    )
+    return Checkpoint(str(model), _read_json(config, model), _preprocessor(find, model), _tensor_files(find, model))
+
+
+def _preprocessor(find: Callable[[str], Path | None], model: str | Path) -> Mapping[str, Any] | None:
+    path = find("preprocessor_config.json")
+    if path is not None:
+        return _read_json(path, model)
+    path = find("processor_config.json")  # of pictures and text together
+    return None if path is None else _read_json(path, model).get("image_processor")
 
 
 def _finder(model: str | Path) -> Callable[[str], Path | None]:
@@ -119,3 +124,35 @@ def _tensor_files(find: Callable[[str], Path | None], model: str | Path) -> dict
     if absent:
         raise UserError(f"model: {model} lacks {absent[0]}, which {INDEX} names")
     return {name: path for name, shard in shards.items() if (path := paths[shard]) is not None}
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of a checkpoint's weights by its config.json, else float32."""
+    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    dtype = getattr(torch, str(named).removeprefix("torch."), None) if named else None
+    return dtype if dtype in DTYPES else torch.float32
+
+
+def check_support(dtype: torch.dtype, device: torch.device) -> None:
+    """Raise a UserError if the device does not compute in the dtype."""
+    if dtype != torch.bfloat16 or device.type != "cuda":
+        return
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"dtype: {name} ({device}) has no bfloat16; use torch.float16 or torch.float32")
+
+
+def normalisation(
+    preprocessor: Mapping[str, Any] | None,
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Mean and deviation by channel that an image processor's settings name, or None."""
+    if preprocessor is None or abs(preprocessor.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
+        return None, None
+    if not preprocessor.get("do_rescale", True):
+        return None, None
+    if not preprocessor.get("do_normalize", True):
+        return (0.0,) * 3, (1.0,) * 3
+    mean, std = preprocessor.get("image_mean"), preprocessor.get("image_std")
+    if mean is None or std is None:
+        return None, None
+    return tuple(float(x) for x in mean), tuple(float(x) for x in std)

@@ -82,7 +82,7 @@ class GraphPool:
             and pixel_values.is_cuda
             and pixel_values.shape[0] > 0
             and not torch.cuda.is_current_stream_capturing()
-            and not torch.jit.is_tracing()
+            and not torch.jit.is_tracing()  # type: ignore[attr-defined]
             and _get_current_dispatch_mode() is None  # someone counts or replaces the operators
         )
 

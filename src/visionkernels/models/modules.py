@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionkernels.models.config import ViTConfig
@@ -47,8 +47,7 @@ class Affine(nn.Module):
         if len(shape) == 1:
             self.register_buffer("weight", torch.ones(rows))
         else:
-            fan_in = shape[1:].numel() if isinstance(shape, torch.Size) else torch.Size(shape[1:]).numel()
-            self.register_buffer("weight", torch.randn(shape) * fan_in**-0.5)
+            self.register_buffer("weight", torch.randn(shape) * math.prod(shape[1:]) ** -0.5)
         self.register_buffer("bias", torch.zeros(rows) if bias else None)
 
     def norm(self, x: Tensor, options: Options) -> Tensor:
@@ -126,51 +125,6 @@ class Layer(nn.Module):
         else:
             hidden = self.fc1.linear(normed, options, activation=options.activation)
         return self.fc2.linear(hidden, options, residual=x, scale=self.scale2)
-
-
-class AttentionPool(nn.Module):
-    """SigLIP's pooling: one learned query attends to all tokens, and an MLP follows.
-
-    Args:
-        config: The model's shape.
-    """
-
-    probe: Tensor
-
-    def __init__(self, config: ViTConfig) -> None:
-        super().__init__()
-        channels = config.hidden_size
-        self.num_heads = config.num_heads
-        self.register_buffer("probe", torch.randn(1, channels))
-        self.qkv = Affine(3 * channels, channels)
-        self.output = Affine(channels, channels)
-        self.norm = Affine(channels)
-        self.fc1 = Affine(config.intermediate_size, channels)
-        self.fc2 = Affine(channels, config.intermediate_size)
-
-    def forward(self, x: Tensor, options: Options) -> Tensor:
-        """Pool the tokens.
-
-        Args:
-            x: `[B, N, C]`.
-            options: Of the operators.
-
-        Returns:
-            `[B, C]`.
-        """
-        batch, _, channels = x.shape
-        weight, bias = self.qkv.weight, self.qkv.bias
-        assert bias is not None
-        precision, backend = options.precision, options.backend
-        query = linear(self.probe, weight[:channels], bias[:channels], precision=precision, backend=backend)
-        memory = linear(x, weight[channels:], bias[channels:], precision=precision, backend=backend)
-        # One query to many keys: PyTorch's attention, as this package's has as many queries as keys.
-        query = query.view(1, 1, self.num_heads, -1).expand(batch, -1, -1, -1).transpose(1, 2)
-        key, value = memory.unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(batch, channels)
-        pooled = self.output.linear(mixed, options)
-        hidden = self.fc1.linear(self.norm.norm(pooled, options), options, activation=options.activation)
-        return self.fc2.linear(hidden, options, residual=pooled)
 
 
 def relative_position_bias_table(config: ViTConfig) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionkernels.models.config import ViTConfig
+
 
 @dataclass(frozen=True)
 class Positions:
@@ -35,6 +37,55 @@ class Positions:
         if self.biases:
             return self.biases[table]
         return None if self.index is None else expand_bias(self.tables[table], self.index)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The learned tokens and positions of a model.
+
+    Attributes:
+        classes: `[T, C]`, tokens that have a position, or None.
+        registers: `[R, C]`, tokens that have none, or None.
+        position: `[T + P, C]`, or None.
+        like: A tensor of the model's dtype and device.
+    """
+
+    classes: Tensor | None
+    registers: Tensor | None
+    position: Tensor | None
+    like: Tensor
+
+
+def build(
+    config: ViTConfig, tokens: Tokens, tables: list[Tensor], grid: tuple[int, int], max_bias_size: int
+) -> Positions:
+    """What depends on the size of the images alone.
+
+    Args:
+        config: The model's shape.
+        tokens: Its learned tokens and positions.
+        tables: Its relative position tables.
+        grid: Rows and columns of patches.
+        max_bias_size: Numbers that the relative position biases may take to be kept.
+    """
+    prefix, patches = tokens.classes, None
+    if tokens.position is not None:
+        count = config.num_class_tokens
+        resample = {"float32": config.position_float32, "antialias": config.position_antialias}
+        patches = interpolate(tokens.position[count:], config.grid, grid, **resample)
+        prefix = None if prefix is None else prefix + tokens.position[:count]
+    if prefix is not None and tokens.registers is not None:
+        prefix = torch.cat([prefix, tokens.registers])
+    if config.position == "rotary":
+        turns = rotary(grid, config.channels_per_head, config.rope_theta, tokens.like)
+        return Positions(prefix, patches, turns)
+    if not tables:
+        return Positions(prefix, patches)
+    tables = [resize_table(table, config.grid, grid) for table in tables]
+    index = relative_index(grid, tokens.like.device)
+    if len(tables) * config.num_heads * index.numel() > max_bias_size:
+        return Positions(prefix, patches, tables=tables, index=index)
+    return Positions(prefix, patches, tables=tables, biases=[expand_bias(t, index) for t in tables], index=index)
 
 
 def interpolate(

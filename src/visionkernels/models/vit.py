@@ -2,61 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
 
 from visionkernels.errors import UserError
 from visionkernels.models import positions
 from visionkernels.models.config import ViTConfig
-from visionkernels.models.files import Checkpoint, open_checkpoint
+from visionkernels.models.files import DTYPES, check_support, normalisation, open_checkpoint, stored_dtype
 from visionkernels.models.graphs import GraphPool
-from visionkernels.models.modules import Affine, AttentionPool, Layer, Options, relative_position_bias_table
+from visionkernels.models.heads import Heads
+from visionkernels.models.modules import Affine, Layer, Options, relative_position_bias_table
+from visionkernels.models.output import ViTOutput
 from visionkernels.models.positions import Positions
 from visionkernels.models.weights import load, settle
 from visionkernels.ops import _inference
 from visionkernels.ops.patch_embedding.op import patch_embedding
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _SIZES_KEPT = 32  # image sizes whose positions are kept
 _BIAS_SHARE = 16  # relative position biases are kept if they take at most a 16th of the weights
-
-
-@dataclass(frozen=True, eq=False)
-class ViTOutput:
-    """What a vision transformer gives, as the model of transformers gives it; None for what the checkpoint lacks.
-
-    Attributes:
-        last_hidden_state: `[B, N, C]`, all tokens, the prefix first; after the last norm, where the family has one
-            there (CLIP and BEiT with mean pooling have not).
-        pooler_output: `[B, C]`.
-        logits: `[B, labels]`.
-        image_embeds: `[B, projection size]`, CLIP's projection.
-        hidden_states: What enters the first layer and what leaves each one, if asked for.
-    """
-
-    last_hidden_state: Tensor
-    pooler_output: Tensor | None = None
-    logits: Tensor | None = None
-    image_embeds: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> ViTOutput:
-        """The same with `function` of every tensor."""
-        return _pytree.tree_map(function, self)
-
-
-_pytree.register_pytree_node(
-    ViTOutput,
-    lambda output: ([getattr(output, field.name) for field in fields(output)], None),
-    lambda values, _: ViTOutput(*values),
-    serialized_type_name="visionkernels.models.ViTOutput",
-)
 
 
 class ViT(nn.Module):
@@ -133,13 +100,7 @@ class ViT(nn.Module):
         table = relative_position_bias_table(config) if config.relative_position_bias == "shared" else None
         self.register_buffer("relative_position_bias_table", table)
         self.norm = Affine(channels) if config.final_norm else None
-        self.pooler = Affine(config.pooler_size or channels, channels) if config.pooling == "dense" else None
-        self.pooler_norm = Affine(channels) if config.pooling in ("class_norm", "mean_norm") else None
-        self.pool = AttentionPool(config) if config.pooling == "attention" else None
-        self.projection = Affine(config.projection_size, channels, bias=False) if config.projection_size else None
-        seen, labels = channels * (2 if config.classifier == "class_and_mean" else 1), len(config.labels)
-        self.classifier = Affine(labels, seen) if config.classifier else None
-        self.distillation_classifier = Affine(labels, seen) if config.classifier == "distilled" else None
+        self.heads = Heads(config)
 
     @classmethod
     def from_pretrained(
@@ -176,18 +137,18 @@ class ViT(nn.Module):
         """
         checkpoint = open_checkpoint(model)
         config = settle(ViTConfig.from_dict(checkpoint.config), checkpoint.files)
-        dtype = dtype or _stored_dtype(checkpoint)
+        dtype = dtype or stored_dtype(checkpoint)
         if dtype not in DTYPES:
             raise UserError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, but it is {dtype}")
         target = torch.device(device or "cpu")
-        _check_support(dtype, target)
+        check_support(dtype, target)
         vit = cls(config, dtype=dtype, device="meta", backend=backend, cuda_graphs=cuda_graphs)
         with torch.inference_mode(False), torch.no_grad():
             vit.to_empty(device=target)
             load(checkpoint, config, vit)
         vit.name = checkpoint.name
-        vit.pixel_mean, vit.pixel_std = _normalisation(checkpoint.preprocessor)
-        vit.image_size = image_size  # type: ignore[assignment]
+        vit.pixel_mean, vit.pixel_std = normalisation(checkpoint.preprocessor)
+        vit.image_size = image_size
         return vit
 
     @property
@@ -278,44 +239,8 @@ class ViT(nn.Module):
             if output_hidden_states:
                 states.append(x)
         last = x if self.norm is None else self.norm.norm(x, options)
-        pooled = self._pooled(last, options)
-        return ViTOutput(
-            last,
-            pooled,
-            self._logits(last, pooled, options),
-            None if self.projection is None or pooled is None else self.projection.linear(pooled, options),
-            tuple(states) if output_hidden_states else None,
-        )
-
-    def _pooled(self, last: Tensor, options: Options) -> Tensor | None:
-        pooling = self.config.pooling
-        if pooling is None:
-            return None
-        if self.pool is not None:
-            return self.pool(last, options)
-        pooled = last[:, 1:].mean(1) if pooling == "mean_norm" else last[:, 0]
-        if self.pooler_norm is not None:
-            return self.pooler_norm.norm(pooled, options)
-        if self.pooler is not None:
-            return self.pooler.linear(pooled, options).tanh()
-        return pooled.clone()  # no view, which would keep all tokens alive
-
-    def _logits(self, last: Tensor, pooled: Tensor | None, options: Options) -> Tensor | None:
-        if self.classifier is None:
-            return None
-        kind, patches = self.config.classifier, last[:, self.config.num_prefix_tokens :]
-        if self.distillation_classifier is not None:
-            logits = self.classifier.linear(last[:, 0], options)
-            return (logits + self.distillation_classifier.linear(last[:, 1], options)) / 2
-        if kind == "class_and_mean":
-            seen = torch.cat([last[:, 0], patches.mean(1)], 1)
-        elif kind == "mean":
-            seen = patches.mean(1)
-        elif kind == "pooled" and pooled is not None:
-            seen = pooled
-        else:
-            seen = last[:, 0]
-        return self.classifier.linear(seen, options)
+        pooled, logits, image_embeds = self.heads(last, options)
+        return ViTOutput(last, pooled, logits, image_embeds, tuple(states) if output_hidden_states else None)
 
     def _positions_of(self, grid: tuple[int, int]) -> Positions:
         if torch.compiler.is_compiling():
@@ -330,34 +255,10 @@ class ViT(nn.Module):
         return found
 
     def _make_positions(self, grid: tuple[int, int]) -> Positions:
-        config, prefix = self.config, self.class_tokens
-        patches = rotary = None
-        if self.position is not None:
-            count = config.num_class_tokens
-            patches = positions.interpolate(
-                self.position[count:],
-                config.grid,
-                grid,
-                float32=config.position_float32,
-                antialias=config.position_antialias,
-            )
-            prefix = None if prefix is None else prefix + self.position[:count]
-        if prefix is not None and self.register_tokens is not None:
-            prefix = torch.cat([prefix, self.register_tokens])
-        if config.position == "rotary":
-            rotary = positions.rotary(grid, config.channels_per_head, config.rope_theta, self.patch.weight)
-        if config.relative_position_bias is None:
-            return Positions(prefix, patches, rotary)
-        tables = [t for t in (self.relative_position_bias_table, *self._layer_tables()) if t is not None]
-        tables = [positions.resize_table(table, config.grid, grid) for table in tables]
-        index = positions.relative_index(grid, self.device)
-        size = len(tables) * config.num_heads * index.numel()
-        if size * _BIAS_SHARE > sum(buffer.numel() for buffer in self.buffers()):
-            return Positions(prefix, patches, rotary, tables, [], index)
-        return Positions(prefix, patches, rotary, tables, [positions.expand_bias(table, index) for table in tables])
-
-    def _layer_tables(self) -> list[Tensor | None]:
-        return [layer.relative_position_bias_table for layer in self.layers]  # type: ignore[misc]
+        tokens = positions.Tokens(self.class_tokens, self.register_tokens, self.position, self.patch.weight)
+        tables = [self.relative_position_bias_table, *(layer.relative_position_bias_table for layer in self.layers)]
+        limit = sum(buffer.numel() for buffer in self.buffers()) // _BIAS_SHARE
+        return positions.build(self.config, tokens, [t for t in tables if isinstance(t, Tensor)], grid, limit)
 
     def _check_pixels(self, pixel_values: Tensor) -> None:
         if not isinstance(pixel_values, Tensor):
@@ -394,7 +295,7 @@ class ViT(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> ViT:
         super()._apply(fn, recurse)
         self._forget()
-        _check_support(self.dtype, self.device)
+        check_support(self.dtype, self.device)
         return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -409,34 +310,3 @@ class ViT(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._graphs = GraphPool()
-
-
-def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that config.json names, else that of the first floating tensor."""
-    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    dtype = getattr(torch, str(named).removeprefix("torch."), None) if named else None
-    return dtype if dtype in DTYPES else torch.float32
-
-
-def _check_support(dtype: torch.dtype, device: torch.device) -> None:
-    if dtype != torch.bfloat16 or device.type != "cuda":
-        return
-    if not torch.cuda.is_bf16_supported(including_emulation=False):
-        name = torch.cuda.get_device_name(device)
-        raise UserError(f"dtype: {name} ({device}) has no bfloat16; use torch.float16 or torch.float32")
-
-
-def _normalisation(
-    preprocessor: Mapping[str, Any] | None,
-) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    """Mean and deviation by channel that an image processor's settings name, or None."""
-    if preprocessor is None or abs(preprocessor.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
-        return None, None
-    if not preprocessor.get("do_rescale", True):
-        return None, None
-    if not preprocessor.get("do_normalize", True):
-        return (0.0,) * 3, (1.0,) * 3
-    mean, std = preprocessor.get("image_mean"), preprocessor.get("image_std")
-    if mean is None or std is None:
-        return None, None
-    return tuple(float(x) for x in mean), tuple(float(x) for x in std)

@@ -1,14 +1,9 @@
-"""Put the tensors of a checkpoint where the model has them: by a table of names for each family, strictly.
-
-A table gives the module (or tensor) of `ViT` for a module (or tensor) of the file; `{}` is the number of a layer.
-`qkv:1/3` is the second third of the rows of `qkv`. transformers has written files with two generations of names;
-a file has to be all of one.
-"""
+"""Put the tensors of a checkpoint where the model has them, strictly: none is missing, left over or misshaped."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,155 +12,7 @@ from torch import Tensor, nn
 from visionkernels.errors import UserError
 from visionkernels.models.config import ViTConfig
 from visionkernels.models.files import Checkpoint
-
-Table = Mapping[str, str]
-
-_VIT: Table = {
-    "embeddings.cls_token": "class_tokens",
-    "embeddings.position_embeddings": "position",
-    "embeddings.patch_embeddings.projection": "patch",
-    "encoder.layer.{}.layernorm_before": "layers.{}.norm1",
-    "encoder.layer.{}.attention.attention.query": "layers.{}.qkv:0/3",
-    "encoder.layer.{}.attention.attention.key": "layers.{}.qkv:1/3",
-    "encoder.layer.{}.attention.attention.value": "layers.{}.qkv:2/3",
-    "encoder.layer.{}.attention.output.dense": "layers.{}.output",
-    "encoder.layer.{}.layernorm_after": "layers.{}.norm2",
-    "encoder.layer.{}.intermediate.dense": "layers.{}.fc1",
-    "encoder.layer.{}.output.dense": "layers.{}.fc2",
-    "layernorm": "norm",
-    "pooler.dense": "pooler",
-    "classifier": "classifier",
-}
-_DEIT: Table = _VIT | {
-    "embeddings.cls_token": "class_tokens:0/2",
-    "embeddings.distillation_token": "class_tokens:1/2",
-    "cls_classifier": "classifier",
-    "distillation_classifier": "distillation_classifier",
-}
-_BEIT: Table = _VIT | {
-    "encoder.layer.{}.lambda_1": "layers.{}.scale1",
-    "encoder.layer.{}.lambda_2": "layers.{}.scale2",
-    "encoder.layer.{}.attention.attention.relative_position_bias.relative_position_bias_table": (
-        "layers.{}.relative_position_bias_table"
-    ),
-    "encoder.relative_position_bias.relative_position_bias_table": "relative_position_bias_table",
-    "pooler.layernorm": "pooler_norm",
-}
-_DINOV2: Table = {
-    "embeddings.cls_token": "class_tokens",
-    "embeddings.register_tokens": "register_tokens",
-    "embeddings.position_embeddings": "position",
-    "embeddings.patch_embeddings.projection": "patch",
-    "encoder.layer.{}.norm1": "layers.{}.norm1",
-    "encoder.layer.{}.attention.attention.query": "layers.{}.qkv:0/3",
-    "encoder.layer.{}.attention.attention.key": "layers.{}.qkv:1/3",
-    "encoder.layer.{}.attention.attention.value": "layers.{}.qkv:2/3",
-    "encoder.layer.{}.attention.output.dense": "layers.{}.output",
-    "encoder.layer.{}.layer_scale1.lambda1": "layers.{}.scale1",
-    "encoder.layer.{}.norm2": "layers.{}.norm2",
-    "encoder.layer.{}.mlp.fc1": "layers.{}.fc1",
-    "encoder.layer.{}.mlp.fc2": "layers.{}.fc2",
-    "encoder.layer.{}.layer_scale2.lambda1": "layers.{}.scale2",
-    "layernorm": "norm",
-    "classifier": "classifier",
-}
-_DINOV3: Table = {
-    "embeddings.cls_token": "class_tokens",
-    "embeddings.register_tokens": "register_tokens",
-    "embeddings.patch_embeddings": "patch",
-    "layer.{}.norm1": "layers.{}.norm1",
-    "layer.{}.attention.q_proj": "layers.{}.qkv:0/3",
-    "layer.{}.attention.k_proj": "layers.{}.qkv:1/3",
-    "layer.{}.attention.v_proj": "layers.{}.qkv:2/3",
-    "layer.{}.attention.o_proj": "layers.{}.output",
-    "layer.{}.layer_scale1.lambda1": "layers.{}.scale1",
-    "layer.{}.norm2": "layers.{}.norm2",
-    "layer.{}.mlp.up_proj": "layers.{}.fc1",
-    "layer.{}.mlp.down_proj": "layers.{}.fc2",
-    "layer.{}.layer_scale2.lambda1": "layers.{}.scale2",
-    "norm": "norm",
-}
-_SIGLIP: Table = {
-    "embeddings.position_embedding.weight": "position",
-    "embeddings.patch_embedding": "patch",
-    "encoder.layers.{}.layer_norm1": "layers.{}.norm1",
-    "encoder.layers.{}.self_attn.q_proj": "layers.{}.qkv:0/3",
-    "encoder.layers.{}.self_attn.k_proj": "layers.{}.qkv:1/3",
-    "encoder.layers.{}.self_attn.v_proj": "layers.{}.qkv:2/3",
-    "encoder.layers.{}.self_attn.out_proj": "layers.{}.output",
-    "encoder.layers.{}.layer_norm2": "layers.{}.norm2",
-    "encoder.layers.{}.mlp.fc1": "layers.{}.fc1",
-    "encoder.layers.{}.mlp.fc2": "layers.{}.fc2",
-    "post_layernorm": "norm",
-    "head.probe": "pool.probe",
-    "head.attention.in_proj_weight": "pool.qkv.weight",
-    "head.attention.in_proj_bias": "pool.qkv.bias",
-    "head.attention.out_proj": "pool.output",
-    "head.layernorm": "pool.norm",
-    "head.mlp.fc1": "pool.fc1",
-    "head.mlp.fc2": "pool.fc2",
-    "classifier": "classifier",
-}
-_CLIP: Table = _SIGLIP | {
-    "embeddings.class_embedding": "class_tokens",
-    "pre_layrnorm": "pre_norm",
-    "post_layernorm": "pooler_norm",
-    "visual_projection": "projection",
-}
-TABLES: Mapping[str, Table] = {
-    "vit": _VIT,
-    "deit": _DEIT,
-    "dinov2": _DINOV2,
-    "dinov2_with_registers": _DINOV2,
-    "dinov3": _DINOV3,
-    "clip": _CLIP,
-    "siglip": _SIGLIP,
-    "beit": _BEIT,
-}
-
-# What the second generation calls the modules of the first.
-_BERT_NAMES = (
-    ("encoder.layer.{}.attention.attention.relative_position_bias.", "encoder.layer.{}.relative_position_bias."),
-    ("encoder.relative_position_bias.", "shared_position_bias."),
-    ("encoder.layer.", "layers."),
-    ("attention.attention.query", "attention.q_proj"),
-    ("attention.attention.key", "attention.k_proj"),
-    ("attention.attention.value", "attention.v_proj"),
-    ("attention.output.dense", "attention.o_proj"),
-    ("intermediate.dense", "mlp.fc1"),
-    ("output.dense", "mlp.fc2"),
-)
-_SECOND_NAMES: Mapping[str, tuple[tuple[str, str], ...]] = {
-    "vit": _BERT_NAMES,
-    "deit": _BERT_NAMES,
-    "beit": _BERT_NAMES,
-    "dinov2": _BERT_NAMES[3:7],
-    "dinov2_with_registers": _BERT_NAMES[3:7],
-    "dinov3": (("layer.{}", "model.layer.{}"),),
-}
-
-_PREFIXES: Mapping[str, str] = {  # of the backbone's names in a file with a head
-    "vit": "vit.",
-    "deit": "deit.",
-    "dinov2": "dinov2.",
-    "dinov2_with_registers": "dinov2_with_registers.",
-    "clip": "vision_model.",
-    "siglip": "vision_model.",
-    "beit": "beit.",
-}
-_HEADS = ("classifier", "cls_classifier", "distillation_classifier", "visual_projection")
-
-# What a file may hold and inference on images has no use for.
-_UNUSED: Mapping[str, str] = {
-    "clip": r"text_model\.|text_projection\.|logit_scale$|.*\.position_ids$|position_ids$",
-    "siglip": r"text_model\.|logit_scale$|logit_bias$|.*\.position_ids$|position_ids$",
-    "vit": r"embeddings\.mask_token$|decoder\.",
-    "deit": r"embeddings\.mask_token$|decoder\.",
-    "beit": r"embeddings\.mask_token$|lm_head\.|.*\.relative_position_index$",
-    "dinov2": r"embeddings\.mask_token$",
-    "dinov2_with_registers": r"embeddings\.mask_token$",
-    "dinov3": r"embeddings\.mask_token$|rope_embeddings\.inv_freq$",
-}
+from visionkernels.models.names import HEADS, PREFIXES, UNUSED, Table, generations
 
 
 @dataclass(frozen=True)
@@ -197,7 +44,7 @@ def settle(config: ViTConfig, names: Iterable[str]) -> ViTConfig:
     Returns:
         The shape of the model that these tensors make.
     """
-    found = {name.removeprefix(_PREFIXES.get(config.family, "")).rpartition(".")[0] for name in names}
+    found = {name.removeprefix(PREFIXES.get(config.family, "")).rpartition(".")[0] for name in names}
     if config.pooling == "dense" and "pooler.dense" not in found:
         config = replace(config, pooling=None)
     if config.pooling == "mean_norm" and config.classifier is None and "pooler.layernorm" not in found:
@@ -222,18 +69,18 @@ def rename(config: ViTConfig, model: nn.Module, names: Iterable[str]) -> dict[st
         UserError: If a tensor is missing, or there is one that the model has no place for.
     """
     family, names = config.family, list(names)
-    prefix = _PREFIXES.get(family, "")
+    prefix = PREFIXES.get(family, "")
     prefixed = bool(prefix) and any(name.startswith(prefix) for name in names)
     buffers = {name for name, _ in model.named_buffers()}
-    generations = [_expected(table, config, buffers) for table in _generations(config)]
+    candidates = [_expected(table, config, buffers) for table in generations(config)]
     if prefixed:
-        generations = [
-            {name if name.startswith(_HEADS) else prefix + name: target for name, target in generation.items()}
-            for generation in generations
+        candidates = [
+            {name if name.startswith(HEADS) else prefix + name: target for name, target in candidate.items()}
+            for candidate in candidates
         ]
-    expected = max(generations, key=lambda generation: len(generation.keys() & set(names)))
+    expected = max(candidates, key=lambda candidate: len(candidate.keys() & set(names)))
     missing = sorted(expected.keys() - set(names))
-    unused = re.compile(_UNUSED[family])
+    unused = re.compile(UNUSED[family])
     beside = "layernorm." if family == "beit" and prefixed else None  # the norm before BEiT's language-model head
     unexpected = sorted(
         name
@@ -249,41 +96,6 @@ def _refuse(what: str, names: list[str]) -> None:
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise UserError(f"model: the checkpoint {what}: {', '.join(names[:3])}{more}")
-
-
-def _generations(config: ViTConfig) -> list[Table]:
-    """The family's table with the names of each generation."""
-    first = dict(TABLES[config.family])
-    if config.classifier == "distilled":
-        del first["classifier"]
-    elif config.family == "deit":
-        del first["cls_classifier"]
-    second = {}
-    for name, target in first.items():
-        for old, new in _SECOND_NAMES.get(config.family, ()):
-            name = name.replace(old, new)
-        second[name] = target
-    if config.gated_mlp:
-        _gate(first, second, config.family)
-    return [first, second]
-
-
-def _gate(first: dict[str, str], second: dict[str, str], family: str) -> None:
-    """Change two tables for a gated MLP."""
-    if family == "dinov3":
-        for table, start in ((first, ""), (second, "model.")):
-            table[f"{start}layer.{{}}.mlp.gate_proj"] = "layers.{}.fc1:0/2"
-            table[f"{start}layer.{{}}.mlp.up_proj"] = "layers.{}.fc1:1/2"
-        return
-    start = "encoder.layer.{}.mlp."
-    for table in (first, second):
-        del table[f"{start}fc1"], table[f"{start}fc2"]
-    first |= {f"{start}weights_in": "layers.{}.fc1", f"{start}weights_out": "layers.{}.fc2"}
-    second |= {
-        f"{start}gate_proj": "layers.{}.fc1:0/2",
-        f"{start}up_proj": "layers.{}.fc1:1/2",
-        f"{start}down_proj": "layers.{}.fc2",
-    }
 
 
 def _expected(table: Table, config: ViTConfig, buffers: set[str]) -> dict[str, Target]:
