@@ -25,6 +25,12 @@ class Outputs(Protocol):
     def map(self, function: Callable[[Tensor], Tensor]) -> Any:
         """The same with `function` of every tensor."""
 
+    def tensors(self) -> list[Tensor]:
+        """All tensors."""
+
+
+Forward = Callable[[Tensor], Any]
+
 
 @dataclass
 class Captured:
@@ -59,7 +65,7 @@ class GraphPool:
         self,
         max_graphs: int = MAX_GRAPHS,
         max_bytes: int | None = None,
-        capture: Callable[[Callable[[Tensor], Any], Tensor], Captured] | None = None,
+        capture: Callable[[Forward, Tensor], Captured] | None = None,
     ) -> None:
         self.max_graphs, self.max_bytes = max_graphs, max_bytes
         self._given = capture
@@ -86,7 +92,7 @@ class GraphPool:
             and _get_current_dispatch_mode() is None  # someone counts or replaces the operators
         )
 
-    def run(self, forward: Callable[[Tensor], Any], pixel_values: Tensor, dtype: torch.dtype, options: Key = ()) -> Any:
+    def run(self, forward: Forward, pixel_values: Tensor, dtype: torch.dtype, options: Key = ()) -> Any:
         """What `forward(pixel_values)` returns, by a replay.
 
         Args:
@@ -127,9 +133,7 @@ class GraphPool:
         self._order.move_to_end((key, size))
         return sizes[size]
 
-    def _add(
-        self, forward: Callable[[Tensor], Any], key: Key, batch: int, like: Tensor, dtype: torch.dtype
-    ) -> Captured | None:
+    def _add(self, forward: Forward, key: Key, batch: int, like: Tensor, dtype: torch.dtype) -> Captured | None:
         """Capture a graph, and drop old ones where there are too many; None for one that is too large."""
         if (key, batch) in self._too_large:
             return None
@@ -178,7 +182,7 @@ class CUDACapture:
             self.pool = torch.cuda.graph_pool_handle()
             self.stream = torch.cuda.Stream(device)
 
-    def __call__(self, forward: Callable[[Tensor], Any], pixels: Tensor) -> Captured:
+    def __call__(self, forward: Forward, pixels: Tensor) -> Captured:
         """Capture `forward(pixels)`."""
         with torch.cuda.device(self.device):
             self.stream.wait_stream(torch.cuda.current_stream())
@@ -191,14 +195,8 @@ class CUDACapture:
                 outputs = forward(pixels)
             grown = max(0, torch.cuda.memory_reserved(self.device) - before)
             # `torch.cuda.graph` gives unused memory back first, so the growth alone may be too small.
-            held = sum(_bytes(tensor) for tensor in (pixels, *_tensors(outputs)))
+            held = sum(_bytes(tensor) for tensor in (pixels, *outputs.tensors()))
             return Captured(pixels, outputs, graph.replay, max(grown, held))
-
-
-def _tensors(outputs: Outputs) -> list[Tensor]:
-    found: list[Tensor] = []
-    outputs.map(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
-    return found
 
 
 def _bytes(tensor: Tensor) -> int:

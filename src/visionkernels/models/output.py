@@ -32,6 +32,10 @@ class ViTOutput:
         """The same with `function` of every tensor."""
         return _pytree.tree_map(function, self)
 
+    def tensors(self) -> list[Tensor]:
+        """All tensors."""
+        return [leaf for leaf in _pytree.tree_leaves(self) if leaf is not None]
+
 
 _pytree.register_pytree_node(
     ViTOutput,

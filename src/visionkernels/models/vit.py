@@ -20,6 +20,7 @@ from visionkernels.models.output import ViTOutput
 from visionkernels.models.positions import Positions
 from visionkernels.models.weights import load, settle
 from visionkernels.ops import _inference
+from visionkernels.ops.linear.op import PRECISIONS
 from visionkernels.ops.patch_embedding.op import patch_embedding
 
 _SIZES_KEPT = 32  # image sizes whose positions are kept
@@ -34,18 +35,19 @@ class ViT(nn.Module):
     runs in a graph of up to a quarter more images if there is one, and else gets its own. Inside `torch.compile`,
     `torch.export` and a capture of the caller's, the operators run one by one; so they do with `cuda_graphs = False`
     and while a layer has hooks. `torch.autocast` changes nothing: the model computes in the dtype of its weights.
-    Products of float32 are exact unless `torch.set_float32_matmul_precision` allows less.
 
     Args:
         config: The model's shape.
         dtype: Of the weights; float32 by default.
         device: Where the weights are; the CPU by default.
         backend: `"auto"`, `"triton"` or `"pytorch"`, for every operator.
+        precision: Of products of float32 on a GPU: `"ieee"`, or `"tf32"`, which is faster and has 10 bits.
         cuda_graphs: Whether forwards on a GPU are captured and replayed.
 
     Attributes:
         config: The model's shape.
         backend: As given; may be set.
+        precision: As given; may be set.
         cuda_graphs: As given; may be set.
         name: Which checkpoint it is from, or None.
         pixel_mean: Mean of the pixels by channel, of 1, that uint8 pictures are normalised by; or None.
@@ -69,11 +71,13 @@ class ViT(nn.Module):
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         backend: str = "auto",
+        precision: str = "ieee",
         cuda_graphs: bool = True,
     ) -> None:
         super().__init__()
         _inference.check_choice("backend", backend, _inference.BACKENDS)
-        self.config, self.backend, self.cuda_graphs = config, backend, cuda_graphs
+        _inference.check_choice("precision", precision, PRECISIONS)
+        self.config, self.backend, self.precision, self.cuda_graphs = config, backend, precision, cuda_graphs
         self.name: str | None = None
         self.pixel_mean: tuple[float, ...] | None = None
         self.pixel_std: tuple[float, ...] | None = None
@@ -111,6 +115,7 @@ class ViT(nn.Module):
         device: str | torch.device | None = None,
         backend: str = "auto",
         image_size: int | tuple[int, int] | None = None,
+        precision: str = "ieee",
         cuda_graphs: bool = True,
     ) -> ViT:
         """Load a checkpoint of ViT, DeiT, DINOv2 (with registers), DINOv3, CLIP, SigLIP or BEiT.
@@ -123,6 +128,7 @@ class ViT(nn.Module):
             image_size: The side, or (height, width), that pictures will have: `visionkernels.embed` and
                 `visionkernels.classify` resize to it, and the positions for it are made at once. By default that of
                 the checkpoint. Pictures of any size can be passed to the model in any case.
+            precision: Of products of float32 on a GPU: `"ieee"`, or `"tf32"`, which is faster and has 10 bits.
             cuda_graphs: Whether forwards on a GPU are captured and replayed.
 
         Returns:
@@ -142,7 +148,8 @@ class ViT(nn.Module):
             raise UserError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, but it is {dtype}")
         target = torch.device(device or "cpu")
         check_support(dtype, target)
-        vit = cls(config, dtype=dtype, device="meta", backend=backend, cuda_graphs=cuda_graphs)
+        settings: dict[str, Any] = {"backend": backend, "precision": precision, "cuda_graphs": cuda_graphs}
+        vit = cls(config, dtype=dtype, device="meta", **settings)
         with torch.inference_mode(False), torch.no_grad():
             vit.to_empty(device=target)
             load(checkpoint, config, vit)
@@ -206,7 +213,7 @@ class ViT(nn.Module):
             dtype = self.dtype  # the copy into the graph's input converts
         else:
             dtype = pixel_values.dtype
-        options = (output_hidden_states, self.backend, torch.get_float32_matmul_precision())
+        options = (output_hidden_states, self.backend, self.precision)
         return self._graphs.run(lambda pixels: self._encode(pixels, output_hidden_states), pixel_values, dtype, options)
 
     def _hooked(self) -> bool:
@@ -214,8 +221,7 @@ class ViT(nn.Module):
 
     def _encode(self, pixel_values: Tensor, output_hidden_states: bool) -> ViTOutput:
         config = self.config
-        precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-        options = Options(config.layer_norm_eps, config.activation, precision, self.backend)
+        options = Options(config.layer_norm_eps, config.activation, self.precision, self.backend)
         place = self._positions_of(
             (pixel_values.shape[2] // config.patch_size, pixel_values.shape[3] // config.patch_size)
         )
