@@ -85,10 +85,11 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
         vision = config.get("vision_config") or {}
     values = DEFAULTS[family] | {name: value for name, value in vision.items() if value is not None}
     architecture = next(iter(config.get("architectures") or ()), "")
-    parts, labels = _PARTS[family](values, config, architecture), _labels(config)
+    shape, labels = _shape(values), _labels(config)
+    parts = _PARTS[family](values, config, architecture)
     if not labels:
         parts["classifier"] = None
-    return {"family": family, **_shape(values), **parts, "labels": labels}
+    return {"family": family, **shape, **parts, "labels": labels}
 
 
 def _model_type(config: Mapping[str, Any]) -> str:
@@ -144,7 +145,7 @@ def _vit(values: Mapping[str, Any], config: Mapping[str, Any], architecture: str
     return _mlp(values) | {
         "qkv_bias": _bias(values),
         "pooling": None if classifies else "dense",
-        "pooler_size": values.get("pooler_output_size"),
+        "pooler_size": values.get("pooler_output_size", values["hidden_size"]),
         "classifier": "class" if classifies else None,
     }
 

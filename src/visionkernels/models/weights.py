@@ -152,10 +152,9 @@ def load(checkpoint: Checkpoint, config: ViTConfig, model: nn.Module) -> None:
 def _copy(name: str, tensor: Tensor, target: Target, buffer: Tensor) -> None:
     place = buffer[target.rows(buffer.shape[0])]
     if _without_ones(tensor.shape) != _without_ones(place.shape):
-        raise UserError(
-            f"model: {name} in the checkpoint is {list(tensor.shape)}, "
-            f"but config.json makes it {[1] * (tensor.dim() - place.dim()) + list(place.shape)}"
-        )
+        sizes = _without_ones(place.shape)
+        expected = [1] * (tensor.dim() - len(sizes)) + sizes
+        raise UserError(f"model: {name} in the checkpoint is {list(tensor.shape)}, but config.json makes it {expected}")
     place.copy_(tensor.to(buffer.dtype).view(place.shape))
 
 
