@@ -20,8 +20,11 @@ PUBLIC = {
     "MSDeformAttn",
     "MultiscaleDeformableAttention",
     "PatchReport",
+    "ViT",
     "__version__",
+    "classify",
     "detect",
+    "embed",
     "fused_ms_deform_attn",
     "install_extension",
     "ms_deform_attn",
@@ -36,6 +39,7 @@ FUNCTIONS_AND_CLASSES = sorted(PUBLIC - {"__version__"})
 # Looking up the public names may load none of these: they are optional, or slow, or touch a GPU.
 NOT_AT_IMPORT = {
     "triton", "transformers", "PIL", "scipy", "rich", "matplotlib", "safetensors", "pycocotools", "numba", "llvmlite",
+    "pyarrow", "huggingface_hub",
 }  # fmt: skip
 
 

@@ -105,7 +105,9 @@ def print_vectors(report: dict[str, Any]) -> None:
     table.add_column("begins with")
     for one in report["images"]:
         vector = torch.tensor(one["embedding"])
-        table.add_row(one["image"], f"{vector.norm():.3f}", " ".join(f"{x:.3f}" for x in vector[:5].tolist()) + " ...")
+        table.add_row(
+            Path(one["image"]).name, f"{vector.norm():.3f}", " ".join(f"{x:.3f}" for x in vector[:5].tolist()) + " ..."
+        )
     written = report["output"] and f"written to {report['output']}"
     _print(table, report, written or "not written: name a file with --output, or print all with --json")
 
@@ -120,7 +122,7 @@ def print_labels(report: dict[str, Any]) -> None:
     table.add_column("score", justify="right")
     for one in report["images"]:
         for rank, found in enumerate(one["labels"]):
-            table.add_row("" if rank else one["image"], found["label"], f"{found['score']:.3f}")
+            table.add_row("" if rank else Path(one["image"]).name, found["label"], f"{found['score']:.3f}")
         table.add_section()
     _print(table, report, None)
 

@@ -30,11 +30,19 @@ class ViTOutput:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> ViTOutput:
         """The same with `function` of every tensor."""
-        return _pytree.tree_map(function, self)
+
+        def each(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else function(tensor)
+
+        states = None if self.hidden_states is None else tuple(map(function, self.hidden_states))
+        pooled, logits, embeds = each(self.pooler_output), each(self.logits), each(self.image_embeds)
+        return ViTOutput(function(self.last_hidden_state), pooled, logits, embeds, states)
 
     def tensors(self) -> list[Tensor]:
         """All tensors."""
-        return [leaf for leaf in _pytree.tree_leaves(self) if leaf is not None]
+        found: list[Tensor] = []
+        self.map(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        return found
 
 
 _pytree.register_pytree_node(
