@@ -247,12 +247,36 @@ def test_bfloat16_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from visionkernels.errors import UserError
     from visionkernels.models.files import check_support
 
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
     with pytest.raises(UserError, match=r"Old GPU .* has no bfloat16; use torch.float16"):
         check_support(torch.bfloat16, torch.device("cuda"))
     check_support(torch.bfloat16, torch.device("cpu"))
     check_support(torch.float16, torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    check_support(torch.bfloat16, torch.device("cuda"))
+
+
+def test_on_the_meta_device(vit: ViT) -> None:
+    vit.to("meta")
+    assert vit(torch.zeros(2, 3, 48, 32, device="meta")).last_hidden_state.shape[:2] == (
+        2,
+        24 + vit.config.num_prefix_tokens,
+    )
+
+
+def test_fake_tensors_and_counters_leave_nothing_behind(vit: ViT) -> None:
+    from torch._subclasses import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    pixels = pictures(2, 3, 48, 32)
+    with FlopCounterMode(display=False):
+        counted = vit(pixels)
+    assert not vit._positions
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        vit(torch.zeros(2, 3, 48, 32))
+    assert not vit._positions
+    same(vit(pixels), counted)
 
 
 @pytest.mark.slow

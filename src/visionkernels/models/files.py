@@ -135,9 +135,9 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 def check_support(dtype: torch.dtype, device: torch.device) -> None:
     """Raise a UserError if the device does not compute in the dtype."""
-    if dtype != torch.bfloat16 or device.type != "cuda":
+    if dtype != torch.bfloat16 or device.type != "cuda" or torch.version.hip is not None:
         return
-    if not torch.cuda.is_bf16_supported(including_emulation=False):
+    if torch.cuda.get_device_capability(device) < (8, 0):
         name = torch.cuda.get_device_name(device)
         raise UserError(f"dtype: {name} ({device}) has no bfloat16; use torch.float16 or torch.float32")
 

@@ -49,6 +49,15 @@ class Captured:
     bytes: int
 
 
+def operators_are_traced() -> bool:
+    """Whether operators are compiled, exported, counted or replaced, and not just run."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or _get_current_dispatch_mode() is not None
+    )
+
+
 class GraphPool:
     """Graphs by batch, image size, dtype and options; the least recently used go first.
 
@@ -83,13 +92,11 @@ class GraphPool:
     def applies(pixel_values: Tensor) -> bool:
         """Whether a forward of these pixels can be captured and replayed here and at this time."""
         return (
-            not torch.compiler.is_compiling()
+            not operators_are_traced()
             and type(pixel_values) is Tensor
             and pixel_values.is_cuda
             and pixel_values.shape[0] > 0
             and not torch.cuda.is_current_stream_capturing()
-            and not torch.jit.is_tracing()  # type: ignore[attr-defined]
-            and _get_current_dispatch_mode() is None  # someone counts or replaces the operators
         )
 
     def run(self, forward: Forward, pixel_values: Tensor, dtype: torch.dtype, options: Key = ()) -> Any:
@@ -118,6 +125,8 @@ class GraphPool:
     def clear(self) -> None:
         """Drop all graphs."""
         with self._lock:
+            if self._stream is not None:
+                self._stream.synchronize()  # their memory may go to anyone now
             self._graphs.clear()
             self._order.clear()
             self._too_large.clear()

@@ -13,7 +13,7 @@ from visionkernels.errors import UserError
 from visionkernels.models import positions
 from visionkernels.models.config import ViTConfig
 from visionkernels.models.files import DTYPES, check_support, normalisation, open_checkpoint, stored_dtype
-from visionkernels.models.graphs import GraphPool
+from visionkernels.models.graphs import GraphPool, operators_are_traced
 from visionkernels.models.heads import Heads
 from visionkernels.models.modules import Affine, Layer, Options, relative_position_bias_table
 from visionkernels.models.output import ViTOutput
@@ -201,7 +201,7 @@ class ViT(nn.Module):
             RuntimeError: Gradients are asked for.
         """
         self._check_pixels(pixel_values)
-        if torch.is_autocast_enabled(self.device.type):
+        if _inference.autocast_dtype(self.patch.weight) is not None:
             with torch.autocast(self.device.type, enabled=False):
                 return self._run(pixel_values, output_hidden_states)
         return self._run(pixel_values, output_hidden_states)
@@ -249,15 +249,20 @@ class ViT(nn.Module):
         return ViTOutput(last, pooled, logits, image_embeds, tuple(states) if output_hidden_states else None)
 
     def _positions_of(self, grid: tuple[int, int]) -> Positions:
-        if torch.compiler.is_compiling():
+        if operators_are_traced():
             return self._make_positions(grid)  # part of the program
         found = self._positions.get(grid)
-        if found is None:
-            with torch.inference_mode(False), torch.no_grad():
-                found = self._make_positions(grid)
-            if len(self._positions) >= _SIZES_KEPT:
-                self._positions.pop(next(iter(self._positions)))
-            self._positions[grid] = found
+        if found is not None:
+            return found
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return self._make_positions(grid)  # numbers only at the replay
+        with torch.inference_mode(False), torch.no_grad():
+            found = self._make_positions(grid)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # another stream may find them next
+        if len(self._positions) >= _SIZES_KEPT:
+            self._positions.pop(next(iter(self._positions)), None)
+        self._positions[grid] = found
         return found
 
     def _make_positions(self, grid: tuple[int, int]) -> Positions:
