@@ -15,6 +15,7 @@ from visionkernels.ops.deformable_attention.op import (
 )
 from visionkernels.ops.layer_norm import op as _layer_norm  # noqa: F401
 from visionkernels.ops.linear import op as _linear  # noqa: F401
+from visionkernels.ops.linear_add_layer_norm import op as _linear_add_layer_norm  # noqa: F401
 from visionkernels.ops.patch_embedding import op as _patch_embedding  # noqa: F401
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from visionkernels.models.config import ViTConfig
 from visionkernels.ops.attention.op import packed_attention
 from visionkernels.ops.layer_norm.op import layer_norm
 from visionkernels.ops.linear.op import gated_linear, linear
+from visionkernels.ops.linear_add_layer_norm.op import linear_add_layer_norm
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,23 @@ class Affine(nn.Module):
     def linear(self, x: Tensor, options: Options, **epilogue: str | Tensor | None) -> Tensor:
         """Linear layer with this weight; `epilogue` as the operator takes it."""
         return linear(x, self.weight, self.bias, precision=options.precision, backend=options.backend, **epilogue)  # type: ignore[arg-type]
+
+    def linear_add_norm(
+        self, x: Tensor, residual: Tensor, scale: Tensor | None, norm: Affine, options: Options
+    ) -> tuple[Tensor, Tensor]:
+        """Linear layer with this weight, its residual sum, and that normed by `norm`."""
+        return linear_add_layer_norm(
+            x,
+            self.weight,
+            self.bias,
+            residual,
+            norm.weight,
+            norm.bias,
+            options.eps,
+            scale=scale,
+            precision=options.precision,
+            backend=options.backend,
+        )
 
     def gated(self, x: Tensor, options: Options) -> Tensor:
         """Gated linear layer with this weight."""
@@ -112,19 +130,45 @@ class Layer(nn.Module):
         Returns:
             `[B, N, C]`.
         """
-        qkv = self.qkv.linear(self.norm1.norm(x, options), options)
+        return self.step(x, self.norm1.norm(x, options), None, options, bias, rotary)[0]
+
+    def step(
+        self,
+        x: Tensor,
+        normed: Tensor,
+        following: Affine | None,
+        options: Options,
+        bias: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Apply the layer but for its first norm, and the norm that follows it.
+
+        Args:
+            x: `[B, N, C]`.
+            normed: What `norm1` makes of it.
+            following: The next layer's first norm, or the encoder's last; None for none.
+            options: Of the operators.
+            bias: As in `forward`.
+            rotary: As in `forward`.
+
+        Returns:
+            `[B, N, C]`, and the same normed; without a norm that follows, the same again.
+        """
+        qkv = self.qkv.linear(normed, options)
         # Only a rotary embedding tells the prefix from the patches.
         prefix = 0 if rotary is None else self.num_prefix_tokens
         mixed = packed_attention(
             qkv, self.num_heads, bias=bias, rotary=rotary, num_prefix_tokens=prefix, backend=options.backend
         )
-        x = self.output.linear(mixed, options, residual=x, scale=self.scale1)
-        normed = self.norm2.norm(x, options)
+        x, normed = self.output.linear_add_norm(mixed, x, self.scale1, self.norm2, options)
         if self.gated_mlp:
             hidden = self.fc1.gated(normed, options)
         else:
             hidden = self.fc1.linear(normed, options, activation=options.activation)
-        return self.fc2.linear(hidden, options, residual=x, scale=self.scale2)
+        if following is None:
+            x = self.fc2.linear(hidden, options, residual=x, scale=self.scale2)
+            return x, x
+        return self.fc2.linear_add_norm(hidden, x, self.scale2, following, options)
 
 
 def relative_position_bias_table(config: ViTConfig) -> Tensor:

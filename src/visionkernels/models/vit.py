@@ -238,15 +238,30 @@ class ViT(nn.Module):
         )
         if self.pre_norm is not None:
             x = self.pre_norm.norm(x, options)
-        states = [x] if output_hidden_states else []
-        for i, layer in enumerate(self.layers):
-            bias = place.bias(i if config.relative_position_bias == "layer" else 0)
-            x = layer(x, options, bias, place.rotary)
+        last, states = self._layers(x, place, options, output_hidden_states)
+        pooled, logits, image_embeds = self.heads(last, options)
+        return ViTOutput(last, pooled, logits, image_embeds, states)
+
+    def _layers(
+        self, x: Tensor, place: Positions, options: Options, output_hidden_states: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """The last hidden state, normed where the model has a norm for it, and what is between the layers."""
+        states = [x]
+        # A hook sees, and may change, what goes into a layer and comes out; else a layer also gets and makes norms.
+        alone = self._hooked() or not len(self.layers)
+        normed = x if alone else self.layers[0].norm1.norm(x, options)
+        following = [*(layer.norm1 for layer in self.layers[1:]), self.norm]
+        for i, (layer, norm) in enumerate(zip(self.layers, following, strict=False)):
+            bias = place.bias(i if self.config.relative_position_bias == "layer" else 0)
+            if alone:
+                x = layer(x, options, bias, place.rotary)
+            else:
+                x, normed = layer.step(x, normed, norm, options, bias, place.rotary)
             if output_hidden_states:
                 states.append(x)
-        last = x if self.norm is None else self.norm.norm(x, options)
-        pooled, logits, image_embeds = self.heads(last, options)
-        return ViTOutput(last, pooled, logits, image_embeds, tuple(states) if output_hidden_states else None)
+        if alone:
+            normed = x if self.norm is None else self.norm.norm(x, options)
+        return normed, tuple(states) if output_hidden_states else None
 
     def _positions_of(self, grid: tuple[int, int]) -> Positions:
         if operators_are_traced():

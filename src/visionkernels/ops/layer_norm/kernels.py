@@ -1,6 +1,6 @@
 """The Triton kernel of layer normalisation, alone or of a residual sum.
 
-    x = input, or residual + scale * input rounded to its dtype
+    x = input, or residual + scale * input rounded to its dtype; the input may be a linear layer's, in parts of its sum
     mean = sum(x) / C      var = sum((x - mean)^2) / C      output = (x - mean) / sqrt(var + eps) * weight + bias
 
 A row lies in registers, so that the two sums cost one read. A program takes LOOP times ROWS rows, one after another,
@@ -20,16 +20,18 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 def _layer_norm_kernel(
     output_ptr,  # [M, C]
     sum_ptr,  # [M, C], or None without a residual
-    input_ptr,  # [M, C], rows anywhere
+    input_ptr,  # [M, C], rows anywhere; or [PARTS, M, C], contiguous, whose sum it is
     residual_ptr,  # [M, C], rows anywhere, or None
     weight_ptr,  # [C] or None
     bias_ptr,  # [C] or None
     scale_ptr,  # [C] or None
+    input_bias_ptr,  # [C], added to the input; or None
     stride_input_m,
     stride_residual_m,
     num_rows,
     CHANNELS: tl.constexpr,
     EPS: tl.constexpr,
+    PARTS: tl.constexpr,
     ACC: tl.constexpr,  # dtype of the statistics
     ROWS: tl.constexpr,
     LOOP: tl.constexpr,
@@ -53,6 +55,10 @@ def _layer_norm_kernel(
         mask = (row < num_rows)[:, None] & mask_c[None, :]  # [ROWS, BLOCK_C]
         offs = row[:, None] * CHANNELS + offs_c[None, :]
         x = tl.load(input_ptr + row[:, None] * stride_input_m + offs_c[None, :], mask=mask, other=0.0).to(ACC)
+        for part in tl.static_range(1, PARTS):
+            x += tl.load(input_ptr + part * num_rows.to(tl.int64) * CHANNELS + offs, mask=mask, other=0.0)
+        if input_bias_ptr is not None:
+            x += tl.load(input_bias_ptr + offs_c, mask=mask_c, other=0.0).to(ACC)[None, :]
         if residual_ptr is not None:
             if scale_ptr is not None:
                 x *= scale

@@ -28,14 +28,18 @@ def tile_of(num_rows: int, channels: int, device: Device) -> Tile:
     """The tile for a call.
 
     A warp owns a row of up to 1024 channels, for a sum within a warp needs no shared memory; a row shorter than 512
-    brings its neighbours, so that each lane reads 16 bytes at least. Few rows are spread over more warps, for latency.
+    brings its neighbours, so that each lane reads 16 bytes at least. Few rows are spread over more warps, for latency,
+    and begin while the kernel before ends; of many, a warp takes two at once, for more reads under way.
     """
     block = triton.next_power_of_2(max(channels, 1))
+    early = device.launches_early and num_rows <= 4096
     if block > 1024:
-        return Tile(1, 1, min(block // 512, 32))
+        return Tile(1, 1, min(block // 512, 32), early)
     if num_rows < 4 * device.multiprocessors:
-        return Tile(1, 1, max(1, block // 256))
-    return Tile(max(1, 512 // block), 1, 1)
+        return Tile(1, 1, max(1, block // 256), early)
+    if num_rows <= 4096:
+        return Tile(max(1, 512 // block), 1, 1, early)
+    return Tile(max(1, 512 // block) * 2, 1, 1 if num_rows <= 16384 else 2)
 
 
 def layer_norm(
@@ -67,6 +71,22 @@ def add_layer_norm(
     return total, output
 
 
+def add_parts_layer_norm(
+    parts: Tensor,
+    input_bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor | None,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``add_layer_norm`` where the input is ``parts.sum(0) + input_bias``, ``[parts, M, C]`` in float32."""
+    total, output = residual.new_empty(residual.shape), residual.new_empty(residual.shape)
+    _launch(output, total, parts[0], residual, weight, bias, scale, eps, tile, input_bias, parts.shape[0])
+    return total, output
+
+
 def pays(input: Tensor) -> bool:
     """Whether "auto" takes the Triton kernel: wherever a row fits in registers."""
     return input.shape[-1] <= MAX_CHANNELS
@@ -82,6 +102,8 @@ def _launch(
     scale: Tensor | None,
     eps: float,
     tile: Tile | None,
+    input_bias: Tensor | None = None,
+    parts: int = 1,
 ) -> None:
     channels = input.shape[-1]
     if channels > MAX_CHANNELS:
@@ -93,7 +115,7 @@ def _launch(
         return
     rows = rows_of(input)
     residual_rows = None if residual is None else rows_of(residual)
-    weight, bias, scale = (t if t is None else t.contiguous() for t in (weight, bias, scale))
+    weight, bias, scale, input_bias = (t if t is None else t.contiguous() for t in (weight, bias, scale, input_bias))
     tile = tile or tile_of(rows.shape[0], channels, device_of(input.device))
     options: dict[str, Any] = {"num_warps": tile.num_warps}
     if tile.early:
@@ -101,9 +123,9 @@ def _launch(
     grid = (triton.cdiv(rows.shape[0], tile.rows * tile.loop),)
     with on_device(input.device):
         kernels._layer_norm_kernel[grid](
-            output, total, rows, residual_rows, weight, bias, scale,
+            output, total, rows, residual_rows, weight, bias, scale, input_bias,
             rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), rows.shape[0],
-            channels, eps, tl.float64 if input.dtype == torch.float64 else tl.float32,
+            channels, eps, parts, tl.float64 if input.dtype == torch.float64 else tl.float32,
             tile.rows, tile.loop, triton.next_power_of_2(channels), tile.early,
             **options,
         )  # fmt: skip

@@ -107,6 +107,11 @@ def _check_affine(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
             _inference.check_like(name, tensor, input.shape[-1:], "[C]", input, "input")
+    check_eps(eps)
+
+
+def check_eps(eps: float) -> None:
+    """A finite number of at least 0."""
     if not isinstance(eps, (int, float)) or isinstance(eps, bool):
         raise TypeError(f"eps must be a number, got {_inference.shown(eps)}")
     if not 0 <= eps < float("inf"):

@@ -208,6 +208,36 @@ def _linear_tma_kernel(
             output_desc.store([first_m, first_n + part * PART_N], sums.to(output_desc.dtype))
 
 
+@triton.jit(do_not_specialize=["num_rows"])
+def _linear_parts_kernel(
+    parts_ptr,  # [PARTS, M, N] of float32: the products, summed over a part of K each
+    input_desc,  # [M, K] in blocks [BLOCK_M, BLOCK_K]
+    weight_desc,  # [N, K] in blocks [BLOCK_N, BLOCK_K]
+    num_rows,
+    num_columns,
+    num_inner,  # with several PARTS a multiple of PARTS * BLOCK_K
+    PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,  # launched while the kernel before still runs
+):
+    pid_part = tl.program_id(0) % PARTS
+    first_m, first_n = _tile(tl.program_id(0) // PARTS, num_rows, num_columns, BLOCK_M, BLOCK_N, 8)
+    length = num_inner // PARTS
+    first_k = pid_part * length
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for k in range(0, length, BLOCK_K):
+        acc = tl.dot(input_desc.load([first_m, first_k + k]), weight_desc.load([first_n, first_k + k]).T, acc)
+    offs_m, offs_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
+    mask = (offs_m < num_rows)[:, None] & (offs_n < num_columns)[None, :]
+    row = pid_part.to(tl.int64) * num_rows + offs_m
+    tl.store(parts_ptr + row[:, None] * num_columns + offs_n[None, :], acc, mask=mask)
+
+
 @triton.jit
 def _part(acc, part: tl.constexpr, PARTS: tl.constexpr):
     """One of PARTS neighbouring blocks of columns."""

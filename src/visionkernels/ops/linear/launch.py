@@ -30,7 +30,9 @@ def linear(
     tile: Tile | None = None,
 ) -> Tensor:
     """Launch a kernel, or PyTorch's where that is faster; ``tile`` overrules ``tile_of``."""
-    if backend == "auto" and not pays(input, precision, fused=(activation, residual, scale) != (None, None, None)):
+    # PyTorch adds a residual in a pass of its own, which costs little beside a long sum over K.
+    adds = (residual is not None or scale is not None) and input.shape[-1] <= 2048
+    if backend == "auto" and not pays(input, precision, fused=activation is not None or adds):
         return cpu.linear(input, weight, bias, activation, residual, scale, precision)
     output = input.new_empty(*input.shape[:-1], weight.shape[0])
     _launch(output, input, weight, bias, activation, residual, scale, precision, False, tile)
@@ -60,10 +62,10 @@ def pays(input: Tensor, precision: str, fused: bool) -> bool:
     Of halves and tf32 where something follows the product, for it then costs no pass over the output; a product alone
     is cuBLAS's. Exact float32 and float64 are cuBLAS's too: Triton has no fast way to multiply them.
     """
-    return fused and _kind(input, precision) in ("half", "tf32")
+    return fused and kind(input, precision) in ("half", "tf32")
 
 
-def _kind(input: Tensor, precision: str) -> str:
+def kind(input: Tensor, precision: str) -> str:
     """``kind`` as ``tile_of`` knows it."""
     if input.dtype == torch.float64:
         return "double"
@@ -94,7 +96,7 @@ def _launch(
         matrices = [columns, rows, weight] if residual is None else [columns, rows, weight, residual]
         tile = tile_of(
             rows.shape[0], columns.shape[1], device_of(input.device),
-            kind=_kind(input, precision), gated=gated, tma=all(map(tma_reads, matrices)),
+            kind=kind(input, precision), gated=gated, tma=all(map(tma_reads, matrices)),
         )  # fmt: skip
     launch = _launch_tma if tile.tma else _launch_pointers
     options: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
@@ -160,9 +162,9 @@ def _launch_tma(
     tiles = triton.cdiv(num_rows, tile.block_m) * triton.cdiv(num_columns, tile.block_n)
     grid = (min(tiles, device_of(rows.device).multiprocessors * tile.programs),)
     kernels._linear_tma_kernel[grid](
-        _descriptor(output, block), _descriptor(rows, [tile.block_m, block_k]),
-        _descriptor(weight, [tile.block_n, block_k]), bias,
-        None if residual is None else _descriptor(residual, block), scale,
+        descriptor(output, block), descriptor(rows, [tile.block_m, block_k]),
+        descriptor(weight, [tile.block_n, block_k]), bias,
+        None if residual is None else descriptor(residual, block), scale,
         num_rows, num_columns, num_inner,
         activation, gated, precision, rows.element_size() == 2, tile.block_m, tile.block_n, block_k, tile.group_m,
         tile.parts, tile.flatten, tile.warp_specialize, tile.early,
@@ -183,5 +185,5 @@ def _block_k(tile: Tile, rows: Tensor) -> int:
     return max(16, tile.block_k * 2 // rows.element_size())
 
 
-def _descriptor(matrix: Tensor, block: list[int]) -> TensorDescriptor:
+def descriptor(matrix: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block)

@@ -58,7 +58,7 @@ def linear(
         >>> linear(tokens, weight, torch.ones(3), residual=torch.full((1, 3), 10.0))
         tensor([[12., 13., 14.]])
     """
-    input, weight, bias = _checked("linear", input, weight, bias, (residual, scale), backend)
+    input, weight, bias = check_linear("linear", input, weight, bias, (residual, scale), backend)
     shape = (*input.shape[:-1], weight.shape[0])
     residual, scale = _inference.cast(_inference.autocast_dtype(input), residual, scale)
     if residual is not None:
@@ -106,7 +106,7 @@ def gated_linear(
         >>> gated_linear(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
         tensor([[1.4621]])
     """
-    input, weight, bias = _checked("gated_linear", input, weight, bias, (), backend)
+    input, weight, bias = check_linear("gated_linear", input, weight, bias, (), backend)
     if weight.shape[0] % 2:
         raise ValueError(f"weight must be [2 * F, C], an even number of rows, got {list(weight.shape)}")
     _inference.check_choice("activation", activation, ACTIVATIONS)
@@ -114,10 +114,10 @@ def gated_linear(
     return GATED_LINEAR(input, weight, bias, activation, precision, backend)
 
 
-def _checked(
+def check_linear(
     name: str, input: Tensor, weight: Tensor, bias: Tensor | None, others: tuple[Tensor | None, ...], backend: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Input, weight and bias as they go into the operator."""
+    """Input, weight and bias as they go into the operator; ``others`` are its other tensors."""
     _inference.check_tensor("input", input, "[..., C]")
     _inference.check_backend(backend, input)
     _inference.refuse_gradients(name, input, weight, bias, *others, instead="torch.nn.functional.linear")

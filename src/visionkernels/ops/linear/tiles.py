@@ -33,20 +33,23 @@ class Tile(NamedTuple):
 
 # NVIDIA's GPUs of compute capability 9.0, halves and tf32.
 HOPPER = (
-    # Two programs a multiprocessor: one multiplies while the other finishes its tile.
-    Tile(128, 128, 64, 4, 3, rate=0.95, tma=True, parts=4, programs=2),
-    # The fewest reads a multiply-add; nothing to multiply while a tile is finished, unless the next one's reads began.
-    Tile(128, 256, 64, 8, 3, rate=1.0, tma=True, parts=2),
-    Tile(128, 64, 64, 4, 4, rate=0.7),
-    Tile(64, 64, 64, 4, 4, rate=0.55),
-    Tile(64, 32, 128, 4, 4, rate=0.4),  # for a few hundred rows: every multiprocessor has a tile
-    Tile(16, 64, 128, 4, 4, rate=0.25),  # for a few rows, such as the pooled token of each image
+    # The fewest reads a multiply-add; the next tile's reads begin before this one is finished.
+    Tile(128, 256, 64, 8, 3, rate=1.0, tma=True, parts=2, group_m=16),
+    # Three programs a multiprocessor: others multiply while one finishes its tile.
+    Tile(128, 128, 64, 4, 2, rate=0.93, tma=True, parts=4, programs=3, early=True),
+    # For a few hundred rows: every multiprocessor has a tile, and launches overlap.
+    Tile(128, 64, 64, 8, 5, rate=0.7, tma=True, flatten=False, early=True),
+    Tile(64, 64, 128, 4, 4, rate=0.55, tma=True, flatten=False, early=True),
+    Tile(128, 64, 64, 4, 4, rate=0.6),
+    Tile(64, 64, 64, 4, 4, rate=0.5),
+    Tile(64, 32, 128, 4, 4, rate=0.4),
+    Tile(16, 64, 128, 4, 4, rate=0.25, early=True),  # for a few rows, such as the pooled token of each image
 )
 # Of 4-byte elements a part of a tile takes twice the shared memory.
 HOPPER_TF32 = (
     Tile(128, 128, 64, 8, 3, rate=1.0, tma=True, parts=4),
     Tile(128, 64, 64, 8, 3, rate=0.7),
-    *HOPPER[3:],
+    *HOPPER[4:],
 )
 # Other GPUs with matrix instructions: what fits in the shared memory of all of them.
 PORTABLE = (

@@ -1,0 +1,1 @@
+"""A linear layer, the residual add and the layer norm that follow it, in one step."""
