@@ -24,8 +24,7 @@ def linear(
         if bias is None and activation is None and scale is None and residual is not None:
             rows = residual.reshape(-1, residual.shape[-1])
             return torch.addmm(rows, _rows(input), weight.t()).view(residual.shape)
-        if activation == "gelu_tanh" and bias is not None and input.is_cuda and input.dtype != torch.float64:
-            # The epilogue of cuBLASLt: this one is computed by tanh.
+        if activation == "gelu_tanh" and bias is not None and _has_epilogue(input):
             output = torch._addmm_activation(bias, _rows(input), weight.t(), use_gelu=True)
             output = output.view(*input.shape[:-1], weight.shape[0])
         else:
@@ -53,6 +52,11 @@ def activate(x: Tensor, activation: str | None) -> Tensor:
     if activation == "quick_gelu":
         return torch.sigmoid(1.702 * x).mul_(x)
     return x if activation is None else F.silu(x)
+
+
+def _has_epilogue(input: Tensor) -> bool:
+    """Whether cuBLASLt has bias and gelu by tanh, which is the gelu of ``_addmm_activation``, in its epilogue."""
+    return input.is_cuda and input.dtype != torch.float64 and input.numel() > 0
 
 
 def _rows(input: Tensor) -> Tensor:

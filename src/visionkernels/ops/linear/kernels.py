@@ -124,7 +124,7 @@ def _linear_kernel(
         gdc_wait()  # whatever the kernel before writes, and the memory that it still reads
     input_ptrs = input_ptr + row[:, None] * stride_input_m + offs_k[None, :]  # [BLOCK_M, BLOCK_K]
     weight_ptrs = weight_ptr + column.to(tl.int64)[None, :] * stride_weight_n + offs_k[:, None]  # [BLOCK_K, BLOCK_N]
-    up_ptrs = weight_ptrs + num_columns.to(tl.int64) * stride_weight_n
+    up_ptrs = weight_ptr + (num_columns + column.to(tl.int64))[None, :] * stride_weight_n + offs_k[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
     acc_up = acc
     for k in range(0, num_inner, BLOCK_K):
