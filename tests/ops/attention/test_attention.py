@@ -248,9 +248,11 @@ def test_packed(backend, options):
     )
 
 
-@pytest.mark.parametrize("field", ["peel", "overlap"])
-@pytest.mark.parametrize("tokens", [7, 64, 70])
-def test_tiles(backend, field, tokens):
+@pytest.mark.parametrize(
+    "changes", [{"peel": True}, {"overlap": True}, {"short": 16}, {"short": 16, "overlap": True}], ids=str
+)
+@pytest.mark.parametrize("tokens", [7, 16, 64, 65, 70, 90])
+def test_tiles(backend, changes, tokens):
     """Every way to walk the keys gives the same."""
     if backend.name not in ("triton", "interpreter"):
         pytest.skip("PyTorch's kernels have no tiles")
@@ -258,7 +260,7 @@ def test_tiles(backend, field, tokens):
 
     inputs = [x.to(backend.device) for x in make(1, tokens, 2, 80)]
     tile = launch.Tile(32, 32, 4, 2)
-    plain, other = (launch.forward(*inputs, 0.1, tile=t) for t in (tile, tile._replace(**{field: True})))
+    plain, other = (launch.forward(*inputs, 0.1, tile=t) for t in (tile, tile._replace(**changes)))
     torch.testing.assert_close(plain, other, rtol=1e-5, atol=1e-6)
 
 

@@ -130,6 +130,118 @@ def _add(
     return new_peak, total, acc_low, acc_high
 
 
+@triton.jit
+def _attend(
+    query_ptr, key_ptr, value_ptr, bias_ptr, cos_ptr, sin_ptr, output_ptr,  # of one head of one image
+    stride_query_n, stride_key_n, stride_value_n, stride_bias_m, scale,
+    num_heads, num_tokens, num_prefix_tokens, first_query, first_token, first_row, first_column, grid_width,
+    window_width,
+    HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, BLOCK_LOW: tl.constexpr, BLOCK_HIGH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STRIDE_BIAS_N: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_ROTARY: tl.constexpr, WINDOW: tl.constexpr, ALIGNMENT: tl.constexpr, INDEX: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, PEEL: tl.constexpr, OVERLAP: tl.constexpr, SHORT: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M queries of a head, from ``first_query`` on, against all its keys."""
+    offs_query = first_query + tl.arange(0, BLOCK_M)
+    mask_query = offs_query < num_tokens
+    offs_place = _place(offs_query, first_row, first_column, grid_width, window_width, WINDOW)
+    bias_ptrs = offs_query
+    if HAS_BIAS:
+        bias_ptrs = bias_ptr + offs_query.to(tl.int64) * stride_bias_m
+    offs_row = tl.multiple_of(offs_place.to(INDEX) * stride_query_n, ALIGNMENT)
+    query_low = _load_part(query_ptr, offs_row, mask_query, 0.0, 0, SPLIT, BLOCK_LOW)
+    query_high = query_low
+    acc_low = tl.zeros([BLOCK_M, BLOCK_LOW], dtype=tl.float32)
+    peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    acc_high = peak
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    if SPLIT < HEAD_DIM:
+        query_high = _load_part(query_ptr, offs_row, mask_query, 0.0, SPLIT, HEAD_DIM, BLOCK_HIGH)
+        acc_high = tl.zeros([BLOCK_M, BLOCK_HIGH], dtype=tl.float32)
+        if HAS_ROTARY:
+            query_low, query_high = _turn(
+                query_low, query_high, cos_ptr, sin_ptr, offs_place, mask_query, num_prefix_tokens,
+                HEAD_DIM, SPLIT, BLOCK_LOW,
+            )  # fmt: skip
+    bound = num_tokens
+    if SHORT > 0:
+        remainder = num_tokens % BLOCK_N
+        has_short = (remainder > 0) & (remainder <= SHORT) & (num_tokens > BLOCK_N)
+        bound = num_tokens - (remainder if has_short else 0)
+    last = (bound - 1) // BLOCK_N * BLOCK_N
+    if OVERLAP:
+        scores = _score(
+            query_low, query_high, key_ptr, cos_ptr, sin_ptr, stride_key_n, 0, bound, num_prefix_tokens,
+            first_row, first_column, grid_width, window_width, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH, BLOCK_N,
+            HAS_ROTARY, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, True,
+        )  # fmt: skip
+        for start in tl.range(0, last, BLOCK_N):
+            next_scores = _score(
+                query_low, query_high, key_ptr, cos_ptr, sin_ptr, stride_key_n, start + BLOCK_N, bound,
+                num_prefix_tokens, first_row, first_column, grid_width, window_width, HEAD_DIM, SPLIT, BLOCK_LOW,
+                BLOCK_HIGH, BLOCK_N, HAS_ROTARY, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, True,
+            )  # fmt: skip
+            peak, total, acc_low, acc_high = _add(
+                scores, peak, total, acc_low, acc_high, value_ptr, bias_ptrs, stride_value_n, scale, start, bound,
+                first_row, first_column, grid_width, window_width, mask_query, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH,
+                BLOCK_N, STRIDE_BIAS_N, HAS_BIAS, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, False,
+            )  # fmt: skip
+            scores = next_scores
+        peak, total, acc_low, acc_high = _add(
+            scores, peak, total, acc_low, acc_high, value_ptr, bias_ptrs, stride_value_n, scale, last, bound,
+            first_row, first_column, grid_width, window_width, mask_query, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH,
+            BLOCK_N, STRIDE_BIAS_N, HAS_BIAS, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, True,
+        )  # fmt: skip
+    else:
+        for start in tl.range(0, last if PEEL else bound, BLOCK_N):
+            scores = _score(
+                query_low, query_high, key_ptr, cos_ptr, sin_ptr, stride_key_n, start, bound, num_prefix_tokens,
+                first_row, first_column, grid_width, window_width, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH, BLOCK_N,
+                HAS_ROTARY, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, not PEEL,
+            )  # fmt: skip
+            peak, total, acc_low, acc_high = _add(
+                scores, peak, total, acc_low, acc_high, value_ptr, bias_ptrs, stride_value_n, scale, start, bound,
+                first_row, first_column, grid_width, window_width, mask_query, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH,
+                BLOCK_N, STRIDE_BIAS_N, HAS_BIAS, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, not PEEL,
+            )  # fmt: skip
+        if PEEL:
+            scores = _score(
+                query_low, query_high, key_ptr, cos_ptr, sin_ptr, stride_key_n, last, bound, num_prefix_tokens,
+                first_row, first_column, grid_width, window_width, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH,
+                BLOCK_N, HAS_ROTARY, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, True,
+            )  # fmt: skip
+            peak, total, acc_low, acc_high = _add(
+                scores, peak, total, acc_low, acc_high, value_ptr, bias_ptrs, stride_value_n, scale, last, bound,
+                first_row, first_column, grid_width, window_width, mask_query, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH,
+                BLOCK_N, STRIDE_BIAS_N, HAS_BIAS, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, True,
+            )  # fmt: skip
+    if SHORT > 0:  # noqa: SIM102  (the outer one is decided when compiling)
+        if has_short:
+            rest = _score(
+                query_low, query_high, key_ptr, cos_ptr, sin_ptr, stride_key_n, bound, num_tokens, num_prefix_tokens,
+                first_row, first_column, grid_width, window_width, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH, SHORT,
+                HAS_ROTARY, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, True,
+            )  # fmt: skip
+            peak, total, acc_low, acc_high = _add(
+                rest, peak, total, acc_low, acc_high, value_ptr, bias_ptrs, stride_value_n, scale, bound, num_tokens,
+                first_row, first_column, grid_width, window_width, mask_query, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH,
+                SHORT, STRIDE_BIAS_N, HAS_BIAS, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, True,
+            )  # fmt: skip
+
+    # A row that sees no key adds up to 0, and is 0; NaN is none of these.
+    factor = 1 / tl.where(total == 0, 1.0, total)
+    offs_out = (first_token + offs_place) * num_heads
+    out_ptrs = output_ptr + (offs_out * HEAD_DIM)[:, None]
+    offs_low = tl.arange(0, BLOCK_LOW)
+    mask_low = mask_query[:, None] & (offs_low < SPLIT)[None, :]
+    tl.store(out_ptrs + offs_low[None, :], (acc_low * factor[:, None]).to(output_ptr.dtype.element_ty), mask=mask_low)
+    if SPLIT < HEAD_DIM:
+        offs_high = tl.arange(0, BLOCK_HIGH)
+        mask_high = mask_query[:, None] & (offs_high < HEAD_DIM - SPLIT)[None, :]
+        tile = (acc_high * factor[:, None]).to(output_ptr.dtype.element_ty)
+        tl.store(out_ptrs + (SPLIT + offs_high)[None, :], tile, mask=mask_high)
+
+
 @triton.jit(
     do_not_specialize=[
         "stride_query_b", "stride_query_n", "stride_query_h", "stride_key_b", "stride_key_n", "stride_key_h",
@@ -181,6 +293,7 @@ def _attention_kernel(
     UPCAST: tl.constexpr,
     PEEL: tl.constexpr,  # the last keys have a step of their own, and only that one masks
     OVERLAP: tl.constexpr,  # the same, and the products of a step run while the softmax of the one before does
+    SHORT: tl.constexpr,  # a rest of up to this many queries or keys has a smaller block; 0: it does not
     DEPENDENT: tl.constexpr,  # launched while the kernel before still runs
 ):
     num_blocks = tl.cdiv(num_tokens, BLOCK_M)
@@ -197,94 +310,39 @@ def _attention_kernel(
         first_column = (pid_image % windows) % across * window_width
         pid_image = pid_image // windows
     pid_b = pid_image.to(tl.int64)
+    first_token = pid_b * grid_height * grid_width
+    output_ptr += pid_h * HEAD_DIM
+    if HAS_BIAS:
+        bias_ptr += pid_b * stride_bias_b + pid_h.to(tl.int64) * stride_bias_h
     query_ptr += tl.multiple_of(pid_b * stride_query_b + pid_h.to(tl.int64) * stride_query_h, ALIGNMENT)
     key_ptr += tl.multiple_of(pid_b * stride_key_b + pid_h.to(tl.int64) * stride_key_h, ALIGNMENT)
     value_ptr += tl.multiple_of(pid_b * stride_value_b + pid_h.to(tl.int64) * stride_value_h, ALIGNMENT)
-    offs_query = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_query = offs_query < num_tokens
-    offs_place = _place(offs_query, first_row, first_column, grid_width, window_width, WINDOW)
-    bias_ptrs = offs_query
-    if HAS_BIAS:
-        bias_ptrs = bias_ptr + pid_b * stride_bias_b + pid_h.to(tl.int64) * stride_bias_h
-        bias_ptrs += offs_query.to(tl.int64) * stride_bias_m
+    first_query = pid_m * BLOCK_M
     if DEPENDENT:
         gdc_wait()
-
-    offs_row = tl.multiple_of(offs_place.to(INDEX) * stride_query_n, ALIGNMENT)
-    query_low = _load_part(query_ptr, offs_row, mask_query, 0.0, 0, SPLIT, BLOCK_LOW)
-    query_high = query_low
-    acc_low = tl.zeros([BLOCK_M, BLOCK_LOW], dtype=tl.float32)
-    peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    acc_high = peak
-    total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    if SPLIT < HEAD_DIM:
-        query_high = _load_part(query_ptr, offs_row, mask_query, 0.0, SPLIT, HEAD_DIM, BLOCK_HIGH)
-        acc_high = tl.zeros([BLOCK_M, BLOCK_HIGH], dtype=tl.float32)
-        if HAS_ROTARY:
-            query_low, query_high = _turn(
-                query_low, query_high, cos_ptr, sin_ptr, offs_place, mask_query, num_prefix_tokens,
-                HEAD_DIM, SPLIT, BLOCK_LOW,
+        gdc_launch_dependents()  # they wait as well, until this kernel has ended
+    if SHORT > 0:
+        if num_tokens - first_query <= SHORT:
+            _attend(
+                query_ptr, key_ptr, value_ptr, bias_ptr, cos_ptr, sin_ptr, output_ptr,
+                stride_query_n, stride_key_n, stride_value_n, stride_bias_m, scale, num_heads, num_tokens,
+                num_prefix_tokens, first_query, first_token, first_row, first_column, grid_width, window_width,
+                HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH, SHORT, BLOCK_N, STRIDE_BIAS_N, HAS_BIAS, HAS_ROTARY,
+                WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, PEEL, OVERLAP, SHORT,
             )  # fmt: skip
-    last = (num_tokens - 1) // BLOCK_N * BLOCK_N
-    if OVERLAP:
-        scores = _score(
-            query_low, query_high, key_ptr, cos_ptr, sin_ptr, stride_key_n, 0, num_tokens, num_prefix_tokens,
-            first_row, first_column, grid_width, window_width, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH, BLOCK_N,
-            HAS_ROTARY, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, True,
-        )  # fmt: skip
-        for start in tl.range(0, last, BLOCK_N):
-            next_scores = _score(
-                query_low, query_high, key_ptr, cos_ptr, sin_ptr, stride_key_n, start + BLOCK_N, num_tokens,
-                num_prefix_tokens, first_row, first_column, grid_width, window_width, HEAD_DIM, SPLIT, BLOCK_LOW,
-                BLOCK_HIGH, BLOCK_N, HAS_ROTARY, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, True,
+        else:
+            _attend(
+                query_ptr, key_ptr, value_ptr, bias_ptr, cos_ptr, sin_ptr, output_ptr,
+                stride_query_n, stride_key_n, stride_value_n, stride_bias_m, scale, num_heads, num_tokens,
+                num_prefix_tokens, first_query, first_token, first_row, first_column, grid_width, window_width,
+                HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH, BLOCK_M, BLOCK_N, STRIDE_BIAS_N, HAS_BIAS, HAS_ROTARY,
+                WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, PEEL, OVERLAP, SHORT,
             )  # fmt: skip
-            peak, total, acc_low, acc_high = _add(
-                scores, peak, total, acc_low, acc_high, value_ptr, bias_ptrs, stride_value_n, scale, start, num_tokens,
-                first_row, first_column, grid_width, window_width, mask_query, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH,
-                BLOCK_N, STRIDE_BIAS_N, HAS_BIAS, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, False,
-            )  # fmt: skip
-            scores = next_scores
-        peak, total, acc_low, acc_high = _add(
-            scores, peak, total, acc_low, acc_high, value_ptr, bias_ptrs, stride_value_n, scale, last, num_tokens,
-            first_row, first_column, grid_width, window_width, mask_query, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH,
-            BLOCK_N, STRIDE_BIAS_N, HAS_BIAS, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, True,
-        )  # fmt: skip
     else:
-        for start in tl.range(0, last if PEEL else num_tokens, BLOCK_N):
-            scores = _score(
-                query_low, query_high, key_ptr, cos_ptr, sin_ptr, stride_key_n, start, num_tokens, num_prefix_tokens,
-                first_row, first_column, grid_width, window_width, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH, BLOCK_N,
-                HAS_ROTARY, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, not PEEL,
-            )  # fmt: skip
-            peak, total, acc_low, acc_high = _add(
-                scores, peak, total, acc_low, acc_high, value_ptr, bias_ptrs, stride_value_n, scale, start, num_tokens,
-                first_row, first_column, grid_width, window_width, mask_query, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH,
-                BLOCK_N, STRIDE_BIAS_N, HAS_BIAS, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, not PEEL,
-            )  # fmt: skip
-        if PEEL:
-            scores = _score(
-                query_low, query_high, key_ptr, cos_ptr, sin_ptr, stride_key_n, last, num_tokens, num_prefix_tokens,
-                first_row, first_column, grid_width, window_width, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH,
-                BLOCK_N, HAS_ROTARY, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, True,
-            )  # fmt: skip
-            peak, total, acc_low, acc_high = _add(
-                scores, peak, total, acc_low, acc_high, value_ptr, bias_ptrs, stride_value_n, scale, last, num_tokens,
-                first_row, first_column, grid_width, window_width, mask_query, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH,
-                BLOCK_N, STRIDE_BIAS_N, HAS_BIAS, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, True,
-            )  # fmt: skip
-    if DEPENDENT:
-        gdc_launch_dependents()
-
-    # A row that sees no key adds up to 0, and is 0; NaN is none of these.
-    factor = 1 / tl.where(total == 0, 1.0, total)
-    image_tokens = grid_height * grid_width
-    offs_out = (pid_b * image_tokens + offs_place) * num_heads + pid_h
-    out_ptrs = output_ptr + (offs_out * HEAD_DIM)[:, None]
-    offs_low = tl.arange(0, BLOCK_LOW)
-    mask_low = mask_query[:, None] & (offs_low < SPLIT)[None, :]
-    tl.store(out_ptrs + offs_low[None, :], (acc_low * factor[:, None]).to(output_ptr.dtype.element_ty), mask=mask_low)
-    if SPLIT < HEAD_DIM:
-        offs_high = tl.arange(0, BLOCK_HIGH)
-        mask_high = mask_query[:, None] & (offs_high < HEAD_DIM - SPLIT)[None, :]
-        tile = (acc_high * factor[:, None]).to(output_ptr.dtype.element_ty)
-        tl.store(out_ptrs + (SPLIT + offs_high)[None, :], tile, mask=mask_high)
+        _attend(
+            query_ptr, key_ptr, value_ptr, bias_ptr, cos_ptr, sin_ptr, output_ptr,
+            stride_query_n, stride_key_n, stride_value_n, stride_bias_m, scale, num_heads, num_tokens,
+            num_prefix_tokens, first_query, first_token, first_row, first_column, grid_width, window_width,
+            HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH, BLOCK_M, BLOCK_N, STRIDE_BIAS_N, HAS_BIAS, HAS_ROTARY,
+            WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, PEEL, OVERLAP, SHORT,
+        )  # fmt: skip

@@ -28,6 +28,7 @@ class Tile(NamedTuple):
     num_stages: int
     peel: bool = False  # mask only in the last step, which then waits for its keys
     overlap: bool = False  # a step's products run while the softmax of the one before does; masks as ``peel``
+    short: int = 0  # a rest of up to this many queries or keys (tokens are a square and one) has a smaller block
     dependent: bool = False  # begin while the kernel before still runs (Programmatic Dependent Launch)
 
 
@@ -124,7 +125,7 @@ def forward(
         head_dim, split, _padded(split), _padded(head_dim - split), tile.block_m, tile.block_n,
         bias_strides[3], bias is not None, cos is not None, window is not None,
         math.gcd(16, *strides), tl.int32 if reach <= MAX_INT32 else tl.int64,
-        "ieee", INTERPRET and query.dtype == torch.bfloat16, tile.peel, tile.overlap, tile.dependent,
+        "ieee", INTERPRET and query.dtype == torch.bfloat16, tile.peel, tile.overlap, tile.short, tile.dependent,
     )  # fmt: skip
     options: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     if tile.dependent:
