@@ -43,7 +43,7 @@ def pays(query: Tensor, *_: Any) -> bool:
     return has_kernel(query)
 
 
-def choose_tile(num_tokens: int, groups: int, head_dim: int, itemsize: int, rotary: bool, hopper: bool) -> Tile:
+def choose_tile(num_tokens: int, groups: int, head_dim: int, itemsize: int, busy: bool, hopper: bool) -> Tile:
     """The tile of a launch.
 
     Args:
@@ -51,18 +51,18 @@ def choose_tile(num_tokens: int, groups: int, head_dim: int, itemsize: int, rota
         groups: images times windows times heads.
         head_dim: D.
         itemsize: bytes of a number.
-        rotary: the kernel turns its keys, which takes registers.
+        busy: the kernel turns its keys, or looks for them in windows, which takes registers.
         hopper: an NVIDIA GPU of compute capability 9.0 on.
 
     Returns:
         Queries and keys of a step, warps and stages.
     """
     if itemsize == 4:  # without tensor cores; what turns the keys, or reads ahead in long heads, takes registers
-        return Tile(32, 32, 8, 1) if rotary else Tile(64 if head_dim <= 64 < num_tokens else 32, 32, 8, 2)
+        return Tile(32, 32, 8, 1) if busy or head_dim > 64 else Tile(64 if num_tokens > 64 else 32, 32, 8, 2)
     block_m = 64
     if groups * math.ceil(num_tokens / 64) < 132:  # fewer programs than processors: smaller ones use more of these
         block_m = 32 if num_tokens > 16 else 16
-    if rotary or head_dim > 64:
+    if busy or head_dim > 64:
         return Tile(block_m, 32, 4, 3)
     if num_tokens > 512:  # long rows: more queries share what a step reads
         return Tile(128, 64, 8 if not hopper else 4, 3, peel=True)
@@ -115,8 +115,8 @@ def forward(
     if cos is not None and sin is not None:
         cos, sin = cos.contiguous(), sin.contiguous()
     if tile is None:
-        hopper = _is_hopper(query.device)
-        tile = choose_tile(attending, groups, head_dim, query.element_size(), cos is not None, hopper)
+        hopper, busy = _is_hopper(query.device), cos is not None or window is not None
+        tile = choose_tile(attending, groups, head_dim, query.element_size(), busy, hopper)
     split = _split(head_dim, cos is not None)
     reach = (tokens - 1) * max(abs(stride) for stride in strides[1::3]) + head_dim
     arguments = (
