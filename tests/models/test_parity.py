@@ -64,6 +64,13 @@ def test_shapes(name: str, shape: dict, tmp_path: Path) -> None:
     check_equal(case, model, ViT.from_pretrained(tmp_path), torch.randn(1, 3, side, side))
 
 
+@pytest.mark.parametrize("size", [(32, 48), (48, 48), (32, 64)], ids=str)
+def test_relative_positions_of_a_rectangle(size: tuple[int, int], tmp_path: Path) -> None:
+    case = CASES["beit"]
+    model = save(case, tmp_path, image_size=[32, 48])
+    check_equal(case, model, ViT.from_pretrained(tmp_path), torch.randn(2, 3, *size))
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "quick_gelu", "silu"])
 def test_activations(activation: str, tmp_path: Path) -> None:
     case = CASES["vit"]

@@ -57,7 +57,7 @@ def same(got: ViTOutput, wanted: ViTOutput, limit: float = 0.0) -> None:
         (torch.zeros(1, 3, 32, 32, dtype=torch.int64), TypeError, "floating numbers or uint8, got torch.int64"),
         (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), ValueError, "preprocessor_config.json"),
         (torch.zeros(1, 3, 32, 32, device="meta"), ValueError, "on cpu like the model, got meta"),
-        (torch.zeros(1, 3, 32, 32, requires_grad=True), RuntimeError, "computes no gradients"),
+        (torch.zeros(1, 3, 32, 32, requires_grad=True), RuntimeError, "^ViT computes no gradients"),
     ],
     ids=lambda value: str(value)[:40],
 )

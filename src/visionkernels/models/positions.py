@@ -142,10 +142,10 @@ def resize_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> T
     Returns:
         The same of the new grid.
     """
-    if old == new:
-        return table
     rows, columns = (2 * size - 1 for size in old)
-    # The upstream model views the offsets as (columns, rows), which matters where the old grid is not square.
+    if old == new and rows == columns:
+        return table
+    # The upstream model views the offsets as (columns, rows), and so resizes a grid that is not square even to itself.
     offsets = table[:-3].reshape(1, columns, rows, -1).permute(0, 3, 1, 2)
     resized = F.interpolate(offsets, [2 * size - 1 for size in new], mode="bilinear")
     return torch.cat([resized.permute(0, 2, 3, 1).reshape(-1, table.shape[1]), table[-3:]])
