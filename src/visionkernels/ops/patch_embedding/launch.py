@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from visionkernels.ops._inference import INTERPRET
+from visionkernels.ops._inference import INTERPRET, device_of
 from visionkernels.ops.deformable_attention.plan import on_device
 from visionkernels.ops.patch_embedding import kernels
 
@@ -32,14 +32,16 @@ def pays(pixel_values: Tensor, weight: Tensor, *_: Any) -> bool:
     return weight.dtype in DTYPES
 
 
-def choose_tile(num_rows: int, channels: int, itemsize: int, pixel_itemsize: int) -> Tile:
-    """The tile of a launch, from tokens of the batch, channels, and the bytes of a weight and of a pixel."""
+def choose_tile(num_rows: int, channels: int, itemsize: int, pixel_itemsize: int, hopper: bool = False) -> Tile:
+    """The tile of a launch, from tokens of the batch, channels, the bytes of a weight and of a pixel, and the GPU."""
     if itemsize == 4:  # without tensor cores: products of small tiles are all that fits in registers
         return Tile(64, 64, 16, 4, 2)
     if num_rows * channels <= 64 * 64 * 132:  # small tiles, so that more processors have one
-        return Tile(32, 64, 64, 4, 4)
+        return Tile(64, 64, 64, 4, 4, dependent=True) if hopper else Tile(32, 64, 64, 4, 4)
     if num_rows * channels <= 128 * 128 * 132:
         return Tile(64, 64, 64, 4, 4)
+    if hopper and pixel_itemsize < 4:  # few rows of many channels: what gathers pixels reads whole lines of them
+        return Tile(64, 128, 64, 8, 4)
     # Pixels wait in shared memory in their own dtype: float32 ones would take all that an MI300 has.
     return Tile(128, 128, 64 if pixel_itemsize < 4 else 32, 8, 3)
 
@@ -81,7 +83,8 @@ def forward(
     )
     scale, shift = _affine(pixels.dtype == torch.uint8, mean, std)
     if tile is None:
-        tile = choose_tile(batch * num_tokens, channels, weight.element_size(), pixels.element_size())
+        hopper = device_of(weight.device).launches_early
+        tile = choose_tile(batch * num_tokens, channels, weight.element_size(), pixels.element_size(), hopper)
     grid = (math.ceil(batch * num_tokens / tile.block_r) * math.ceil(channels / tile.block_c),)
     run = 3 * size if channels_last else size
     arguments = (
