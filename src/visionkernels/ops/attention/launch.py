@@ -66,7 +66,9 @@ def choose_tile(num_tokens: int, groups: int, head_dim: int, itemsize: int, busy
         Queries and keys of a step, warps and stages.
     """
     if itemsize == 4:  # without tensor cores; what turns the keys, or reads ahead in long heads, takes registers
-        return Tile(32, 32, 8, 1) if busy or head_dim > 64 else Tile(64 if num_tokens > 64 else 32, 32, 8, 2)
+        if busy or head_dim > 64:
+            return Tile(32, 32 if busy else 16, 8, 1)
+        return Tile(64 if num_tokens > 64 else 32, 32, 8, 2)
     block_m = 64
     if groups * math.ceil(num_tokens / 64) < 132:  # fewer programs than processors: smaller ones use more of these
         block_m = 32 if num_tokens > 16 else 16
