@@ -79,7 +79,7 @@ def test_launched_early(launch):
 @NOT_INTERPRETED
 def test_another_number_of_rows_is_no_other_kernel(launch):
     """But for the few rows that are spread over more warps."""
-    kinds = {repr((recorded[1][10:], recorded[2])) for n in range(500, 600) for recorded in launches(launch, n, 768)}
+    kinds = {repr((recorded[1][11:], recorded[2])) for n in range(600, 700) for recorded in launches(launch, n, 768)}
     assert len(kinds) == 1
 
 

@@ -60,7 +60,7 @@ def choose_tile(num_tokens: int, groups: int, head_dim: int, itemsize: int, busy
         head_dim: D.
         itemsize: bytes of a number.
         busy: the kernel turns its keys, or looks for them in windows, which takes registers.
-        hopper: an NVIDIA GPU of compute capability 9.0 on.
+        hopper: an NVIDIA GPU of compute capability 9.0.
 
     Returns:
         Queries and keys of a step, warps and stages.
@@ -163,4 +163,4 @@ def _padded(size: int) -> int:
 
 @lru_cache
 def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9

@@ -49,7 +49,7 @@ HOPPER = (
 HOPPER_TF32 = (
     Tile(128, 128, 64, 8, 3, rate=1.0, tma=True, parts=4),
     Tile(128, 64, 64, 8, 3, rate=0.7),
-    *HOPPER[4:],
+    *HOPPER[5:],
 )
 # Other GPUs with matrix instructions: what fits in the shared memory of all of them.
 PORTABLE = (
