@@ -222,6 +222,10 @@ def test_dtype_is_that_of_the_checkpoint(tmp_path: Path) -> None:
     assert ViT.from_pretrained(tmp_path).dtype == torch.bfloat16
     assert ViT.from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
     assert "torch.int8" in refusal(tmp_path, dtype=torch.int8)
+    edit_config(tmp_path, dtype=None, torch_dtype="float16")  # the older name
+    assert ViT.from_pretrained(tmp_path).dtype == torch.float16
+    edit_config(tmp_path, dtype=None, torch_dtype=None)
+    assert ViT.from_pretrained(tmp_path).dtype == torch.bfloat16
 
 
 def test_image_size_is_checked(tmp_path: Path) -> None:

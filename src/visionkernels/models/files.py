@@ -14,6 +14,7 @@ import torch
 from visionkernels.errors import UserError
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -127,10 +128,19 @@ def _tensor_files(find: Callable[[str], Path | None], model: str | Path) -> dict
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype of a checkpoint's weights by its config.json, else float32."""
+    """The dtype of a checkpoint's weights: what its config.json names, else that of its first floating tensor."""
+    from safetensors import safe_open
+
     named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     dtype = getattr(torch, str(named).removeprefix("torch."), None) if named else None
-    return dtype if dtype in DTYPES else torch.float32
+    if dtype in DTYPES:
+        return dtype
+    for name, path in checkpoint.files.items():
+        with safe_open(path, "pt") as file:
+            found = _SAFETENSORS_DTYPES.get(file.get_slice(name).get_dtype())
+        if found is not None:
+            return found
+    return torch.float32
 
 
 def check_support(dtype: torch.dtype, device: torch.device) -> None:
