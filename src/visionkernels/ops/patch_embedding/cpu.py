@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionkernels.ops.linear.cpu import float32_precision
 from visionkernels.ops.patch_embedding.reference import normalise
 
 
@@ -21,7 +22,7 @@ def forward(
     std: Sequence[float] | None = None,
     channels_last: bool = False,
 ) -> Tensor:
-    """A convolution, then position and prefix. Arguments and result as the operator's."""
+    """A product, then position and prefix. Arguments and result as the operator's."""
     if bias is not None:
         bias = bias.to(weight.dtype)
     if pixel_values.dtype == torch.uint8 or mean is not None or std is not None:
@@ -32,10 +33,12 @@ def forward(
     batch, _, height, width = pixels.shape
     channels, size = weight.shape[0], weight.shape[2]
     num_patches = (height // size) * (width // size)
-    if batch * num_patches == 0:  # a convolution refuses an image without pixels
-        patches = weight.new_zeros(batch, num_patches, channels)
-    else:
-        patches = F.conv2d(pixels.to(weight.dtype), weight, bias, stride=size).flatten(2).transpose(1, 2)
+    # A convolution whose windows do not overlap: as a product it is faster on GPUs, and exact in float32.
+    pixels = pixels.to(weight.dtype)[:, :, : height // size * size, : width // size * size]
+    pixels = pixels.unflatten(3, (width // size, size)).unflatten(2, (height // size, size))  # [B, 3, h, p, w, p]
+    rows = pixels.permute(0, 2, 4, 1, 3, 5).reshape(batch, num_patches, weight[0].numel())
+    with float32_precision(rows, "ieee"):
+        patches = F.linear(rows, weight.flatten(1), bias)
     if position_embedding is not None:
         patches = patches + position_embedding
     if prefix_tokens is not None:

@@ -29,7 +29,7 @@ class Tile(NamedTuple):
 
 def pays(pixel_values: Tensor, weight: Tensor, *_: Any) -> bool:
     """Whether the kernel is what "auto" takes: where there is one."""
-    return weight.dtype in DTYPES
+    return weight.dtype in DTYPES and pixel_values.dtype != torch.float64
 
 
 def choose_tile(num_rows: int, channels: int, itemsize: int, pixel_itemsize: int, hopper: bool = False) -> Tile:
