@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from visionkernels.models.config import ViTConfig
+from visionkernels.models.positions import Positions
 from visionkernels.ops.attention.op import packed_attention
 from visionkernels.ops.layer_norm.op import layer_norm
 from visionkernels.ops.linear.op import gated_linear, linear
@@ -169,6 +171,56 @@ class Layer(nn.Module):
             x = self.fc2.linear(hidden, options, residual=x, scale=self.scale2)
             return x, x
         return self.fc2.linear_add_norm(hidden, x, self.scale2, following, options)
+
+
+class Layers(nn.ModuleList):
+    """The layers of the encoder.
+
+    Args:
+        config: The model's shape.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__(Layer(config) for _ in range(config.num_layers))
+        self.biases_differ = config.relative_position_bias == "layer"
+
+    @property
+    def hooked(self) -> bool:
+        """Whether a layer has hooks."""
+        return any(layer._forward_hooks or layer._forward_pre_hooks for layer in self)
+
+    def encode(
+        self, x: Tensor, last_norm: Affine | None, place: Positions, options: Options, output_hidden_states: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """Apply the layers.
+
+        Args:
+            x: `[B, N, C]`.
+            last_norm: The norm behind the last layer, if the model has one.
+            place: Rotary tables and biases.
+            options: Of the operators.
+            output_hidden_states: Return what is between the layers too.
+
+        Returns:
+            The last hidden state, normed where there is a norm for it, and what is between the layers.
+        """
+        layers = cast("list[Layer]", list(self))
+        states = [x]
+        # A hook sees, and may change, what goes into a layer and comes out; else a layer also gets and makes norms.
+        alone = self.hooked or not layers
+        normed = x if alone else layers[0].norm1.norm(x, options)
+        for i, layer in enumerate(layers):
+            bias = place.bias(i if self.biases_differ else 0)
+            if alone:
+                x = layer(x, options, bias, place.rotary)
+            else:
+                following = layers[i + 1].norm1 if i + 1 < len(layers) else last_norm
+                x, normed = layer.step(x, normed, following, options, bias, place.rotary)
+            if output_hidden_states:
+                states.append(x)
+        if alone:
+            normed = x if last_norm is None else last_norm.norm(x, options)
+        return normed, tuple(states) if output_hidden_states else None
 
 
 def relative_position_bias_table(config: ViTConfig) -> Tensor:

@@ -15,7 +15,7 @@ from visionkernels.models.config import ViTConfig
 from visionkernels.models.files import DTYPES, check_support, normalisation, open_checkpoint, stored_dtype
 from visionkernels.models.graphs import GraphPool, operators_are_traced
 from visionkernels.models.heads import Heads
-from visionkernels.models.modules import Affine, Layer, Options, relative_position_bias_table
+from visionkernels.models.modules import Affine, Layers, Options, relative_position_bias_table
 from visionkernels.models.output import ViTOutput
 from visionkernels.models.positions import Positions
 from visionkernels.models.weights import load, settle
@@ -100,7 +100,7 @@ class ViT(nn.Module):
         learned = config.position == "learned"
         self.register_buffer("position", torch.randn(classes + patches, channels) if learned else None)
         self.pre_norm = Affine(channels) if config.pre_norm else None
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.layers = Layers(config)
         table = relative_position_bias_table(config) if config.relative_position_bias == "shared" else None
         self.register_buffer("relative_position_bias_table", table)
         self.norm = Affine(channels) if config.final_norm else None
@@ -207,7 +207,7 @@ class ViT(nn.Module):
         return self._run(pixel_values, output_hidden_states)
 
     def _run(self, pixel_values: Tensor, output_hidden_states: bool) -> ViTOutput:
-        if not self.cuda_graphs or not GraphPool.applies(pixel_values) or self._hooked():
+        if not self.cuda_graphs or not GraphPool.applies(pixel_values) or self.layers.hooked:
             return self._encode(pixel_values, output_hidden_states)
         if pixel_values.dtype != torch.uint8 and pixel_values.dtype != self.dtype:
             dtype = self.dtype  # the copy into the graph's input converts
@@ -215,9 +215,6 @@ class ViT(nn.Module):
             dtype = pixel_values.dtype
         options = (output_hidden_states, self.backend, self.precision)
         return self._graphs.run(lambda pixels: self._encode(pixels, output_hidden_states), pixel_values, dtype, options)
-
-    def _hooked(self) -> bool:
-        return any(layer._forward_hooks or layer._forward_pre_hooks for layer in self.layers)
 
     def _encode(self, pixel_values: Tensor, output_hidden_states: bool) -> ViTOutput:
         config = self.config
@@ -238,30 +235,9 @@ class ViT(nn.Module):
         )
         if self.pre_norm is not None:
             x = self.pre_norm.norm(x, options)
-        last, states = self._layers(x, place, options, output_hidden_states)
+        last, states = self.layers.encode(x, self.norm, place, options, output_hidden_states)
         pooled, logits, image_embeds = self.heads(last, options)
         return ViTOutput(last, pooled, logits, image_embeds, states)
-
-    def _layers(
-        self, x: Tensor, place: Positions, options: Options, output_hidden_states: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """The last hidden state, normed where the model has a norm for it, and what is between the layers."""
-        states = [x]
-        # A hook sees, and may change, what goes into a layer and comes out; else a layer also gets and makes norms.
-        alone = self._hooked() or not len(self.layers)
-        normed = x if alone else self.layers[0].norm1.norm(x, options)
-        following = [*(layer.norm1 for layer in self.layers[1:]), self.norm]
-        for i, (layer, norm) in enumerate(zip(self.layers, following, strict=False)):
-            bias = place.bias(i if self.config.relative_position_bias == "layer" else 0)
-            if alone:
-                x = layer(x, options, bias, place.rotary)
-            else:
-                x, normed = layer.step(x, normed, norm, options, bias, place.rotary)
-            if output_hidden_states:
-                states.append(x)
-        if alone:
-            normed = x if self.norm is None else self.norm.norm(x, options)
-        return normed, tuple(states) if output_hidden_states else None
 
     def _positions_of(self, grid: tuple[int, int]) -> Positions:
         if operators_are_traced():

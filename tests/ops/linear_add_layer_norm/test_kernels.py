@@ -1,4 +1,4 @@
-"""The kernel that multiplies in parts: under the interpreter, compiled for GPUs that are not here, and when it is taken."""
+"""The kernel that multiplies in parts: interpreted, compiled for GPUs that are not here, and when it is taken."""
 
 import re
 from pathlib import Path

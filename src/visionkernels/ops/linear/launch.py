@@ -186,4 +186,5 @@ def _block_k(tile: Tile, rows: Tensor) -> int:
 
 
 def descriptor(matrix: Tensor, block: list[int]) -> TensorDescriptor:
+    """What TMA is told of a matrix that it reads or writes in blocks."""
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block)

@@ -47,9 +47,9 @@ def linear_add_layer_norm(
     the linear layer does.
     """
     rows, weight = rows_of(input), rows_of(weight)
-    if split is None and linear_launch.kind(input, precision) == "half" and input.shape[-1]:
-        if all(map(linear_launch.tma_reads, (rows, weight))) and norm_launch.pays(residual):
-            split = split_of(rows.shape[0], weight.shape[0], rows.shape[1], device_of(input.device))
+    splits = linear_launch.kind(input, precision) == "half" and norm_launch.pays(residual)
+    if split is None and splits and all(map(linear_launch.tma_reads, (rows, weight))):
+        split = split_of(rows.shape[0], weight.shape[0], rows.shape[1], device_of(input.device))
     if split is not None and residual.numel():
         parts = _multiply(rows, weight, split)
         return norm_launch.add_parts_layer_norm(parts, bias, residual, norm_weight, norm_bias, eps, scale)

@@ -1,4 +1,4 @@
-"""A linear layer with the residual add and the layer norm behind it: the registered operator and the public function."""
+"""A linear layer with the residual add and the layer norm behind it: registered operator and public function."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def linear_add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """The end of a transformer's branch and the norm of the next, for inference.
 
-    ``sum = residual + scale * (input @ weight.T + bias)``, and its layer norm. The sum is rounded to its dtype before it
-    is normalised.
+    ``sum = residual + scale * (input @ weight.T + bias)``, and its layer norm. The sum is rounded to its dtype
+    before it is normalised.
 
     Args:
         input: ``[..., K]``, float64, float32, float16 or bfloat16; any strides.
@@ -43,8 +43,8 @@ def linear_add_layer_norm(
             alone.
 
     Returns:
-        The sum and the output, each ``[..., C]``, contiguous, in the dtype of ``input``; under ``torch.autocast`` in its
-        dtype, to which all tensors are cast.
+        The sum and the output, each ``[..., C]``, contiguous, in the dtype of ``input``; under ``torch.autocast`` in
+        its dtype, to which all tensors are cast.
 
     Raises:
         TypeError: an argument is no tensor, or of a dtype that is not supported.

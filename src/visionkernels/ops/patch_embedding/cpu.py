@@ -31,7 +31,7 @@ def forward(
     else:
         pixels = pixel_values.permute(0, 3, 1, 2) if channels_last else pixel_values
     batch, _, height, width = pixels.shape
-    channels, size = weight.shape[0], weight.shape[2]
+    size = weight.shape[2]
     num_patches = (height // size) * (width // size)
     # A convolution whose windows do not overlap: as a product it is faster on GPUs, and exact in float32.
     pixels = pixels.to(weight.dtype)[:, :, : height // size * size, : width // size * size]
