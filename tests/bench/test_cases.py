@@ -1,20 +1,36 @@
 """The workloads and their inputs."""
 
+import json
+from dataclasses import asdict
+
 import pytest
 import torch
 from bench_tools import CPU, TINY
 
-from visionkernels.bench.cases import CASES, SUITES, Case, default_cases, draw
+from visionkernels.bench.cases import CASE_TYPES, CASES, SUITES, Case, default_cases, draw
+from visionkernels.bench.vit_cases import MODELS, OPERATORS
 
 ALL = [case for cases in SUITES.values() for case in cases.values()]
+MSDA = [case for case in ALL if isinstance(case, Case)]
 
 
-@pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_case_is_of_its_suites_type_and_survives_json(suite):
+    for name, case in SUITES[suite].items():
+        assert case.name == name
+        assert type(case) is CASE_TYPES[suite]
+        assert type(case).from_json(json.loads(json.dumps(asdict(case)))) == case
+        assert set(case.tags) <= {"gpu", "cpu", "quick", "headline", "slow", "breakdown"}
+
+
+def test_no_two_cases_have_one_name():
+    assert len({case.name for case in ALL}) == len({id(case) for case in ALL})
+
+
+@pytest.mark.parametrize("case", MSDA, ids=lambda case: case.name)
 def test_every_case_fits_together(case):
-    assert any(cases.get(case.name) is case for cases in SUITES.values())
     assert len(case.points) == len(case.levels)
     assert case.queries == (case.pixels if case.num_queries is None else case.num_queries)
-    assert set(case.tags) <= {"gpu", "cpu", "quick", "headline", "slow"}
 
 
 @pytest.mark.parametrize(
@@ -44,12 +60,15 @@ def test_every_suite_has_something_to_measure_everywhere(suite, device, quick):
     assert default_cases(suite, device, quick)
 
 
-def test_a_case_survives_json():
-    import json
-    from dataclasses import asdict
-
-    case = CASES["dfine-n1"]
-    assert Case.from_json(json.loads(json.dumps(asdict(case)))) == case
+def test_the_operations_of_a_vision_transformer():
+    assert MODELS["vit-b-n1"].flops == pytest.approx(35.1e9, rel=3e-3)  # counted by others: 17.6 products of 2 each
+    assert MODELS["vit-b-n128"].flops == 128 * MODELS["vit-b-n1"].flops
+    assert MODELS["vit-l-n1"].flops == pytest.approx(123.1e9, rel=5e-3)
+    assert MODELS["dinov2-b-n1"].tokens == 37 * 37 + 1
+    assert OPERATORS["linear-up-m197"].flops == 2 * 197 * 768 * 3072
+    assert OPERATORS["attention-n1024"].flops == 4 * 16 * 1024**2 * 768
+    assert OPERATORS["patch-embedding-n8"].flops == 8 * 2 * 196 * 768 * 768
+    assert OPERATORS["layer-norm-m197"].flops is None
 
 
 def test_inputs_are_the_same_each_time_and_close_to_the_references():

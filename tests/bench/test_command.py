@@ -20,13 +20,14 @@ from visionkernels.bench.wording import STAGES
 from visionkernels.cli import main
 
 CPU = torch.device("cpu")
+MSDA = ("msda", "msda-module", "msda-queries")
 RESULT = str(next((ROOT / "benchmarks" / "results").glob("*.json")))
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    for cases in SUITES.values():
-        monkeypatch.setitem(cases, "tiny", TINY)
+    for suite in MSDA:
+        monkeypatch.setitem(SUITES[suite], "tiny", TINY)
     for effort in ("QUICK", "CPU"):
         monkeypatch.setattr(timing, effort, EFFORT)
     monkeypatch.setattr(timing, "roofs", lambda device, effort: timing.Roofs(100.0, 1000.0))
@@ -234,8 +235,12 @@ def test_plot_draws_beside_the_file_or_elsewhere(tmp_path, capsys):
         (["--against", "nope"], "against: expected some of grid_sample"),
         (["--against", "mmcv"], "against: mmcv cannot be measured, ModuleNotFoundError"),
         (["--against", "grid_sample", "dcnv4"], "against: dcnv4 cannot be measured, ModuleNotFoundError"),
-        (["--suite", "vit"], "suite: expected some of msda, msda-module, msda-queries, but there is 'vit'"),
+        (
+            ["--suite", "cnn"],
+            "suite: expected some of msda, msda-module, msda-queries, vit, vit-ops, but there is 'cnn'",
+        ),
         (["--suite", "msda-module", "--case", "rtdetr-n1"], "case: rtdetr-n1 is in none of the suites msda-module"),
+        (["--suite", "vit", "--against", "mmcv"], "against: expected some of transformers-sdpa"),
         (["--device", "tpu"], "device: expected cpu"),
         (["--save", __file__], "is not a directory that can be written to"),
         (["--resume"], "resume: needs --save"),

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from visionkernels.bench.vit_cases import MODELS, OPERATORS, ModelCase, OpCase
+
 
 @dataclass(frozen=True)
 class Case:
@@ -79,6 +81,27 @@ class Case:
         """Whether the number of points differs between the levels; points are then packed into one axis."""
         return not isinstance(self.num_points, int)
 
+    @property
+    def sizes(self) -> str:
+        """The sizes but for the points, in words."""
+        return f"N={self.batch}, S={self.pixels}, Lq={self.queries}, M×D={self.num_heads}×{self.head_dim}"
+
+    @property
+    def description(self) -> str:
+        """The case in one line."""
+        points = ", ".join(map(str, self.points)) if self.ragged else self.num_points
+        return f"{self.title}: {self.sizes}, P={points}"
+
+    @property
+    def label(self) -> str:
+        """The case in a line of the README."""
+        return f"{self.title}, N={self.batch}, Lq={self.queries}"
+
+    @property
+    def group(self) -> str:
+        """Cases of one group share a table; each of these has its own."""
+        return self.name
+
 
 _DETR = ((100, 134), (50, 67), (25, 34), (13, 17))  # an image of 800 x 1066 at strides 8 to 64
 _SMALL = ((50, 67), (25, 34), (13, 17), (7, 9))
@@ -119,14 +142,24 @@ _QUERIES = (
 )
 _MODULES = tuple(case for case in _WORKLOADS if case.name in ("encoder-n4", "encoder-n1", "encoder-small"))
 
-SUITES: dict[str, dict[str, Case]] = {
-    suite: {case.name: case for case in cases}
-    for suite, cases in (("msda", _WORKLOADS), ("msda-module", _MODULES), ("msda-queries", _QUERIES))
+CASES = {case.name: case for case in _WORKLOADS}
+AnyCase = Case | ModelCase | OpCase
+
+SUITES: dict[str, dict[str, Any]] = {  # of each suite cases of one type
+    "msda": CASES,
+    "msda-module": {case.name: case for case in _MODULES},
+    "msda-queries": {case.name: case for case in _QUERIES},
+    "vit": MODELS,
+    "vit-ops": OPERATORS,
 }
-CASES = SUITES["msda"]
+CASE_TYPES: dict[str, type[AnyCase]] = {
+    **dict.fromkeys(("msda", "msda-module", "msda-queries"), Case),
+    "vit": ModelCase,
+    "vit-ops": OpCase,
+}
 
 
-def default_cases(suite: str, device_type: str, quick: bool) -> list[Case]:
+def default_cases(suite: str, device_type: str, quick: bool) -> list[Any]:
     """The cases of a suite that are measured when none is named.
 
     Args:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from visionkernels.bench.record import Record, Row
-from visionkernels.bench.wording import STAGES, number, sizes
+from visionkernels.bench.wording import STAGES, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +72,7 @@ def bars(figure: Figure, record: Record, dtype: str) -> None:
     longest = {"forward": 1.0, "forward_backward": 1.0}
     for case in cases:
         here = [name for name in rivals if any((row.case, row.provider) == (case.name, name) for row in rows)]
-        ticks.append((position + (len(here) - 1) / 2, f"{case.title}\n{sizes(case)}"))
+        ticks.append((position + (len(here) - 1) / 2, f"{case.title}\n{case.sizes}"))
         for name in here:
             for axis, stage in zip(axes, longest, strict=True):
                 found = {row.provider: row for row in _rows(record, dtype, stage) if row.case == case.name}
@@ -242,4 +242,4 @@ def module_bars(figure: Figure, record: Record) -> None:
     axes[0].set_ylim(position - 0.3, -0.7)
     case = record.cases[0]
     between = ", " if len(panels) > 1 else "\n"
-    figure.suptitle(f"A whole attention module{between}{case.title}{between}{sizes(case)}", fontsize=11)
+    figure.suptitle(f"A whole attention module{between}{case.title}{between}{case.sizes}", fontsize=11)

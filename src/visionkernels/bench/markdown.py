@@ -11,7 +11,6 @@ from visionkernels.bench.wording import (
     WRONG,
     Duel,
     caption,
-    describe,
     duels,
     error,
     method,
@@ -19,7 +18,6 @@ from visionkernels.bench.wording import (
     percent,
     ratio,
     remarks,
-    sizes,
     stage_time,
 )
 
@@ -28,7 +26,7 @@ def summary(record: Record) -> str:
     """The few lines of a record for the README: its headline cases, then the count of wins and every loss."""
     if record.suite == "msda-module":
         tables = [
-            f"{describe(case)}\n\n{_module_table(rows)}"
+            f"{case.description}\n\n{_module_table(rows)}"
             for case in record.cases
             if (rows := [row for row in record.rows if row.case == case.name and row.refused is None])
         ]
@@ -48,7 +46,7 @@ def verdict(record: Record) -> str:
         return text + "."
     titles = {case.name: case for case in record.cases}
     losses = "".join(
-        f"\n- slower: {titles[duel.case].title} ({sizes(titles[duel.case])}), {duel.dtype}, {STAGES[duel.stage]}: "
+        f"\n- slower: {titles[duel.case].title} ({titles[duel.case].sizes}), {duel.dtype}, {STAGES[duel.stage]}: "
         f"{_time(duel.ours, duel.stage)} ms against {_rival(duel)}"
         for duel in lost
     )
@@ -131,7 +129,7 @@ def full_tables(record: Record) -> str:
     for case in record.cases:
         rows = [row for row in record.rows if row.case == case.name and row.refused is None]
         if rows:
-            parts.append(f"**{describe(case)}**\n\n{_case_table(record, rows)}")
+            parts.append(f"**{case.description}**\n\n{_case_table(record, rows)}")
     notes = "".join(f"\n- {line}" for line in remarks(record))
     end = f"Figures: {method(record)}; in brackets the 20 % and 80 % quantiles. {caption(record)}."
     return "\n\n".join([*parts, end + ("\n" + notes if notes else "")])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,40 +31,32 @@ class Call(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Provider:
-    """An implementation that can be measured.
+class Candidate:
+    """What all implementations that can be measured have.
 
     Attributes:
         name: What ``--against`` takes.
-        build: ``(case, geometry)`` to the function of value, points and weights, all of which are differentiable.
         ours: This package's: it must be right.
-        fused: It starts from references, offsets and logits instead of locations and weights.
-        packed: It starts from locations and logits in one tensor ``[N, Lq, M, L * P * 3]``.
-        narrow: It takes locations and weights in the dtype of value only.
         compiled: It goes through ``torch.compile``.
-        slow_start: Starting takes seconds a case: unless asked for, measured on the headline cases alone.
+        slow_start: Starting takes seconds a case: unless asked for, measured on the cases with ``slow`` alone.
+        on_request: Starting takes minutes: measured on the cases with ``slow``, or that are named, if asked for.
         module: What must be importable, and hold nothing of this package's.
         package: The distribution whose version is recorded.
-        dtypes: Value dtypes that it takes.
+        dtypes: Dtypes that it takes.
         devices: Device types that it runs on.
-        ragged: It takes a different number of points on each level.
         note: Said beside its figures.
     """
 
     name: str
-    build: Callable[[Case, Geometry], Attention]
-    ours: bool = False
-    fused: bool = False
-    packed: bool = False
-    narrow: bool = False
-    compiled: bool = False
-    slow_start: bool = False
-    module: str | None = None
-    package: str | None = None
-    dtypes: tuple[torch.dtype, ...] = _FLOATS
-    devices: tuple[str, ...] = ("cpu", "cuda")
-    ragged: bool = False
-    note: str = ""
+    ours: bool = field(default=False, kw_only=True)
+    compiled: bool = field(default=False, kw_only=True)
+    slow_start: bool = field(default=False, kw_only=True)
+    on_request: bool = field(default=False, kw_only=True)
+    module: str | None = field(default=None, kw_only=True)
+    package: str | None = field(default=None, kw_only=True)
+    dtypes: tuple[torch.dtype, ...] = field(default=_FLOATS, kw_only=True)
+    devices: tuple[str, ...] = field(default=("cpu", "cuda"), kw_only=True)
+    note: str = field(default="", kw_only=True)
 
     def missing(self) -> str | None:
         """Why its module cannot be measured, in one line; None if it can."""
@@ -83,15 +75,41 @@ class Provider:
             return f"{self.module} runs this package's own operators since it was installed over; take that back first"
         return None
 
-    def refuses(self, case: Case, dtype: torch.dtype, device: torch.device) -> str | None:
+    def takes(self, case: Any) -> bool:
+        """Whether it is an implementation of this case at all."""
+        return True
+
+    def refuses(self, case: Any, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why it cannot run this, in one line; None if it can."""
         if device.type not in self.devices:
             return f"runs on {' and '.join(self.devices)} only"
         if dtype not in self.dtypes:
             return f"no {str(dtype).removeprefix('torch.')}"
-        if case.ragged and not self.ragged:
-            return "one number of points for all levels"
         return None
+
+
+@dataclass(frozen=True)
+class Provider(Candidate):
+    """An implementation of multi-scale deformable attention.
+
+    Attributes:
+        build: ``(case, geometry)`` to the function of value, points and weights, all of which are differentiable.
+        fused: It starts from references, offsets and logits instead of locations and weights.
+        packed: It starts from locations and logits in one tensor ``[N, Lq, M, L * P * 3]``.
+        narrow: It takes locations and weights in the dtype of value only.
+        ragged: It takes a different number of points on each level.
+    """
+
+    build: Callable[[Case, Geometry], Attention]
+    fused: bool = field(default=False, kw_only=True)
+    packed: bool = field(default=False, kw_only=True)
+    narrow: bool = field(default=False, kw_only=True)
+    ragged: bool = field(default=False, kw_only=True)
+
+    def refuses(self, case: Case, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why it cannot run this, in one line; None if it can."""
+        reason = super().refuses(case, dtype, device)
+        return "one number of points for all levels" if reason is None and case.ragged and not self.ragged else reason
 
     def compile(self, function: Attention) -> Attention:
         """The function, compiled if this provider compiles."""

@@ -7,8 +7,9 @@ import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from visionkernels.bench.cases import Case
+from visionkernels.bench.cases import CASE_TYPES, AnyCase
 from visionkernels.bench.timing import Roofs, Timing
 from visionkernels.errors import UserError
 
@@ -60,11 +61,15 @@ class Row:
         forward_backward: Both together.
         forward_bytes: What a forward cannot but read and write: each input and the output once.
         backward_bytes: The same of a backward: the inputs, the output's gradient and the inputs' gradients.
-        forward_flops: Multiplications and additions of the interpolation: 8 * N * Lq * M * sum(P) * D.
+        forward_flops: Multiplications and additions of the interpolation, 8 * N * Lq * M * sum(P) * D, or of the
+            matrix products.
         host_microseconds: What a call without grad costs the host.
         forward_megabytes: Memory that a call without grad takes on top of its inputs.
         peak_megabytes: The same for forward and backward.
         total_megabytes: The same with the inputs, and the parameters of a module.
+        weights_megabytes: Weights of a whole model.
+        partial: Whether the provider computes a part of the case alone, to compare with; it is no rival.
+        breakdown: Of one forward of a whole model: the milliseconds of the device by kind of operator.
     """
 
     case: str
@@ -89,6 +94,9 @@ class Row:
     forward_megabytes: float | None = None
     peak_megabytes: float | None = None
     total_megabytes: float | None = None
+    weights_megabytes: float | None = None
+    partial: bool = False
+    breakdown: dict[str, float] | None = None
 
     @property
     def wrong(self) -> bool:
@@ -103,11 +111,23 @@ class Row:
             stage: ``"forward"``, ``"backward"`` or ``"forward_backward"``.
         """
         timing: Timing | None = getattr(self, stage)
-        if timing is None or roofs is None or self.forward_bytes is None or self.backward_bytes is None:
+        needed = ("forward", "backward") if stage == "forward_backward" else (stage,)
+        counts = [getattr(self, f"{part}_bytes") for part in needed]
+        if timing is None or roofs is None or None in counts:
             return None
-        parts = {"forward": self.forward_bytes, "backward": self.backward_bytes}
-        count = parts.get(stage, sum(parts.values()))
-        return count / (timing.median * 1e6) / roofs.gigabytes_per_second
+        return sum(counts) / (timing.median * 1e6) / roofs.gigabytes_per_second
+
+    def teraflops(self) -> float | None:
+        """10^12 operations a second of the forward."""
+        if self.forward is None or self.forward_flops is None:
+            return None
+        return self.forward_flops / self.forward.median / 1e9
+
+    def share_of_products(self, roofs: Roofs | None) -> float | None:
+        """``teraflops`` as a part of the rate of a large matrix product at the dtype; None where it is not known."""
+        rate = self.teraflops()
+        peak = None if roofs is None else roofs.products(self.dtype)
+        return None if rate is None or peak is None else 1e3 * rate / peak
 
 
 @dataclass
@@ -130,13 +150,26 @@ class Record:
     suite: str
     quick: bool
     environment: Environment
-    cases: list[Case]
+    cases: list[Any]  # of AnyCase, one type a suite
     absent: dict[str, str] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     roofs: Roofs | None = None
     flushed: bool = False
     complete: bool = False
     schema: int = SCHEMA
+
+    @property
+    def counts_products(self) -> bool:
+        """Whether ``forward_flops`` are those of matrix products."""
+        return self.suite in ("vit", "vit-ops")
+
+    @property
+    def groups(self) -> dict[str, list[AnyCase]]:
+        """The cases by what shares a table."""
+        groups: dict[str, list[AnyCase]] = {}
+        for case in self.cases:
+            groups.setdefault(case.group, []).append(case)
+        return groups
 
     @property
     def stem(self) -> str:
@@ -185,7 +218,10 @@ def load(path: str | Path) -> Record:
     if schema != SCHEMA:
         raise UserError(f"{path}: expected schema {SCHEMA} of `visionkernels bench`, got {schema}; measure again")
     rows = [Row(**{**row, **{k: Timing(**row[k]) for k in _TIMINGS if row[k] is not None}}) for row in data["rows"]]
-    cases = [Case.from_json(case) for case in data["cases"]]
+    kind = CASE_TYPES.get(data["suite"])
+    if kind is None:
+        raise UserError(f"{path}: expected one of the suites {', '.join(CASE_TYPES)}, got {data['suite']}")
+    cases = [kind.from_json(case) for case in data["cases"]]
     roofs = None if data["roofs"] is None else Roofs(**data["roofs"])
     environment = Environment(**data["environment"])
     return Record(**{**data, "environment": environment, "cases": cases, "rows": rows, "roofs": roofs})

@@ -5,24 +5,29 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
-from visionkernels.bench import correctness, modules, terminal, timing
-from visionkernels.bench.cases import SUITES, Case, default_cases, draw
+from visionkernels.bench import correctness, modules, terminal, timing, vit_models, vit_operators
+from visionkernels.bench.cases import SUITES, AnyCase, default_cases, draw
 from visionkernels.bench.environment import environment
 from visionkernels.bench.measure import DTYPES, DeviceLost, measure
-from visionkernels.bench.providers import PROVIDERS, Provider
+from visionkernels.bench.providers import PROVIDERS, Candidate
 from visionkernels.bench.record import Record, Row, check_directory, load, save
-from visionkernels.bench.wording import describe
 from visionkernels.detection import find_device
 from visionkernels.errors import UserError
 
 _SLOW_DTYPES = ("fp16", "fp32")  # of the peers that are slow to start
+_MSDA = ("msda", "msda-module", "msda-queries")
+_PROVIDERS: dict[str, dict[str, Any]] = {  # of each suite candidates of one type
+    **dict.fromkeys(_MSDA, PROVIDERS),
+    "vit": vit_models.PROVIDERS,
+    "vit-ops": vit_operators.PROVIDERS,
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Options:
 
     Attributes:
         suites: Names of suites: by default all.
-        dtypes: Names of dtypes: by default fp16, bf16 and fp32 on a GPU, fp32 on the CPU.
+        dtypes: Names of dtypes: by default fp16, bf16 and fp32 on a GPU, of the ViT fp16 alone, fp32 on the CPU.
         against: Names of peers: by default those that can be imported.
         cases: Names of cases, or ``all``: by default the usual ones of the device, with ``quick`` the small ones.
         quick: Measure for a shorter time.
@@ -62,9 +67,9 @@ class Options:
 class Job:
     """What a row is made of."""
 
-    case: Case
+    case: Any  # of AnyCase
     dtype: str
-    providers: Sequence[Provider]
+    providers: Sequence[Any]  # of those of the case's suite
 
 
 def run(options: Options) -> int:
@@ -83,7 +88,8 @@ def run(options: Options) -> int:
     for name in options.cases or ():
         if name not in measured and name != "all":
             raise UserError(f"case: {name} is in none of the suites {', '.join(suites)}")
-    providers, absent = _pick_providers(options)
+    picked = {suite: _pick_providers(options, suite) for suite in suites}
+    _check_against(options, suites)
     if options.save is not None:
         check_directory(options.save)
     elif options.resume:
@@ -91,11 +97,13 @@ def run(options: Options) -> int:
     if not terminal.HAS_RICH:
         print(f"visionkernels: {terminal.NEEDS_EXTRA}", file=sys.stderr)
     effort = timing.QUICK if options.quick else timing.GPU if device.type == "cuda" else timing.CPU
-    conditions = environment(device, [provider.package for provider in providers if provider.package])
+    packages = {provider.package: None for suite in jobs for provider in picked[suite][0] if provider.package}
+    conditions = environment(device, [*packages])
     records, files = [], []
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         roofs = timing.roofs(device, effort)
         for suite in jobs:
+            providers, absent = picked[suite]
             planned = [_with_providers(case, dtype, providers, options) for case, dtype in jobs[suite]]
             cases = list(dict.fromkeys(job.case for job in planned))
             record = Record(suite, options.quick, conditions, cases, absent, roofs=roofs, flushed=device.type == "cuda")
@@ -179,20 +187,31 @@ def _rows(
 ) -> Iterator[Row]:
     where = f"{job.case.name} {job.dtype}"
     reporter.start(f"{where} float64")
-    if suite == "msda-module":
-        module = modules.ModuleInputs(job.case, DTYPES[job.dtype], device)
-        module_truth = modules.ModuleTruth(job.case, module)
-    else:
-        inputs = draw(job.case, DTYPES[job.dtype], device)
-        truth = correctness.Truth(job.case, inputs)
+    measure_one = _prepare(suite, job.case, job.dtype, device)
     for provider in job.providers:
         reporter.start(f"{where} {provider.name}")
-        if suite == "msda-module":
-            row = modules.measure(provider, job.case, job.dtype, module, module_truth, effort)
-        else:
-            row = measure(provider, job.case, job.dtype, inputs, truth, effort)
+        row = measure_one(provider, effort)
         yield row
         reporter.done(row)
+
+
+def _prepare(suite: str, case: Any, dtype: str, device: torch.device) -> Callable[[Any, timing.Effort], Row]:
+    """The inputs of a case and what is right for them: a function that measures a provider on these."""
+    if suite == "vit":
+        subject = vit_models.subject_of(case, DTYPES[dtype], device)
+        right = vit_models.Truth(case, subject)
+        return lambda provider, effort: vit_models.measure(provider, case, dtype, subject, right, effort)
+    if suite == "vit-ops":
+        tensors = vit_operators.draw(case, DTYPES[dtype], device)
+        exact = vit_operators.Truth(case, tensors)
+        return lambda provider, effort: vit_operators.measure(provider, case, dtype, tensors, exact, effort)
+    if suite == "msda-module":
+        module = modules.ModuleInputs(case, DTYPES[dtype], device)
+        module_truth = modules.ModuleTruth(case, module)
+        return lambda provider, effort: modules.measure(provider, case, dtype, module, module_truth, effort)
+    inputs = draw(case, DTYPES[dtype], device)
+    truth = correctness.Truth(case, inputs)
+    return lambda provider, effort: measure(provider, case, dtype, inputs, truth, effort)
 
 
 def _verdict(record: Record) -> int:
@@ -211,7 +230,7 @@ def _pick(option: str, names: Sequence[str], known: Sequence[str] | dict) -> lis
     return list(dict.fromkeys(names))
 
 
-def _jobs(suite: str, options: Options, device: torch.device) -> list[tuple[Case, str]]:
+def _jobs(suite: str, options: Options, device: torch.device) -> list[tuple[AnyCase, str]]:
     """The cases and dtypes of a suite, the dtypes of a case one after another."""
     known = {name: case for cases in SUITES.values() for name, case in cases.items()}
     if options.cases:
@@ -224,37 +243,56 @@ def _jobs(suite: str, options: Options, device: torch.device) -> list[tuple[Case
         return [(case, dtype) for case in cases for dtype in dtypes]
     if device.type == "cpu":
         return [(case, "fp32") for case in cases]
+    if suite not in _MSDA:
+        return [(case, "fp16") for case in cases]
     return [(case, t) for case in cases for t in ("fp16", "bf16", "fp32") if t != "bf16" or "headline" in case.tags]
 
 
-def _with_providers(case: Case, dtype: str, providers: Sequence[Provider], options: Options) -> Job:
-    slow = options.against is not None or ("slow" in case.tags and dtype in _SLOW_DTYPES)
-    return Job(case, dtype, [provider for provider in providers if slow or not provider.slow_start])
+def _with_providers(case: AnyCase, dtype: str, providers: Sequence[Candidate], options: Options) -> Job:
+    asked = options.against is not None
+    slow = asked or ("slow" in case.tags and dtype in _SLOW_DTYPES)
+    named = "slow" in case.tags or case.name in (options.cases or ())
+    return Job(case, dtype, [
+        provider for provider in providers
+        if provider.takes(case) and (slow or not provider.slow_start) and (named or not provider.on_request)
+    ])  # fmt: skip
 
 
-def _pick_providers(options: Options) -> tuple[list[Provider], dict[str, str]]:
+def _check_against(options: Options, suites: Sequence[str]) -> None:
+    """Every peer that is named is one of a suite."""
+    known = {name: None for suite in suites for name, provider in _PROVIDERS[suite].items() if not provider.ours}
+    _pick("against", options.against or (), known)
+
+
+def _pick_providers(options: Options, suite: str) -> tuple[list[Candidate], dict[str, str]]:
     """This package's providers and the peers; and the peers that are not measured, with the reason."""
-    peers = [name for name, provider in PROVIDERS.items() if not provider.ours]
-    names = peers if options.against is None else _pick("against", options.against, peers)
+    found = _PROVIDERS[suite]
+    peers = [name for name, provider in found.items() if not provider.ours]
+    names = peers if options.against is None else [name for name in peers if name in options.against]
     missing: dict[str, str] = {}
     for name in names:
-        if options.quick and options.against is None and PROVIDERS[name].compiled:
+        if options.against is None and found[name].on_request:
+            missing[name] = "compiles for minutes: only where --against names it"
+        elif options.quick and options.against is None and found[name].compiled:
             missing[name] = "compiles for too long for a quick run unless --against names it"
-        elif (reason := PROVIDERS[name].missing()) is not None:
+        elif (reason := found[name].missing()) is not None:
             missing[name] = reason
             if options.against is not None:
                 raise UserError(f"against: {name} cannot be measured, {reason}")
-    ours = [provider for provider in PROVIDERS.values() if provider.ours]
-    return ours + [PROVIDERS[name] for name in names if name not in missing], missing
+    ours = [name for name, provider in found.items() if provider.ours]
+    missing |= {name: reason for name in ours if (reason := found[name].missing()) is not None}
+    return [found[name] for name in (*ours, *names) if name not in missing], missing
 
 
 def listing() -> str:
     """The suites with their cases, and the providers, for ``--list``."""
     lines = []
     for suite, cases in SUITES.items():
-        lines += [f"suite {suite}:", *(f"  {case.name:<18} {describe(case)}" for case in cases.values()), ""]
-    lines.append("providers:")
-    for provider in PROVIDERS.values():
-        state = "this package" if provider.ours else provider.missing() or "can be imported"
-        lines.append(f"  {provider.name:<20} {state}")
-    return "\n".join(lines)
+        lines += [f"suite {suite}:", *(f"  {case.name:<22} {case.description}" for case in cases.values()), ""]
+    for title, providers in (("msda", PROVIDERS), ("vit", vit_models.PROVIDERS), ("vit-ops", vit_operators.PROVIDERS)):
+        lines.append(f"providers of {title}:")
+        for provider in providers.values():
+            state = "this package" if provider.ours else provider.missing() or "can be imported"
+            lines.append(f"  {provider.name:<22} {state}")
+        lines.append("")
+    return "\n".join(lines).rstrip()

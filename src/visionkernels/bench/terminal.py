@@ -14,7 +14,6 @@ from visionkernels.bench.timing import Roofs
 from visionkernels.bench.wording import (
     WRONG,
     caption,
-    describe,
     error,
     method,
     milliseconds,
@@ -44,7 +43,7 @@ def rich_tables(record: Record) -> Iterable[Table]:
         if not rows:
             continue
         table = Table(
-            title=f"{case.name} — {describe(case)}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
+            title=f"{case.name} — {case.description}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
         )
         table.add_column("dtype")
         table.add_column("provider")

@@ -21,6 +21,7 @@ _GRAPH_CALLS = 20  # recorded into one CUDA graph
 _FLUSH_BYTES = 256 * 2**20  # several times the L2 cache of any GPU
 _COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}  # far beyond the caches
 _MATMUL_SIZE = {"cuda": 4096, "cpu": 1024}
+_HALF_MATMUL_SIZE = 8192
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,35 @@ def time_calls(
         start = clock()
         call()
         times.append(clock() - start)
+    return summarize(times)
+
+
+def time_latency(
+    call: Callable[[], object], device: torch.device, effort: Effort, clock: Clock = time.perf_counter
+) -> Timing:
+    """Time a call on an idle device, the host's part with it: what somebody waits for who makes one call.
+
+    Args:
+        call: Makes one call, warmed up already.
+        device: Where it runs.
+        effort: How long to measure.
+        clock: Seconds.
+    """
+    if device.type != "cuda":
+        return time_calls(call, device, effort, clock)
+    times: list[float] = []
+    begin = clock()
+    while clock() - begin < effort.seconds / 4:  # brings the clocks of the GPU up
+        call()
+        torch.cuda.synchronize(device)
+    begin = clock()
+    while len(times) < effort.least or (clock() - begin < effort.seconds and len(times) < effort.most):
+        first, last = _event_pair()
+        first.record()
+        call()
+        last.record()
+        torch.cuda.synchronize(device)
+        times.append(first.elapsed_time(last) / 1e3)
     return summarize(times)
 
 
@@ -220,10 +250,16 @@ class Roofs:
     Attributes:
         gigabytes_per_second: Of a copy beyond the caches, bytes read and written.
         gigaflops: Of a float32 matrix product without TF32.
+        half_gigaflops: Of a float16 matrix product; None where it was not measured.
     """
 
     gigabytes_per_second: float
     gigaflops: float
+    half_gigaflops: float | None = None
+
+    def products(self, dtype: str) -> float | None:
+        """The rate of a matrix product, 10^9 operations a second; None where it was not measured."""
+        return {"fp32": self.gigaflops, "fp16": self.half_gigaflops, "bf16": self.half_gigaflops}.get(dtype)
 
 
 def roofs(device: torch.device, effort: Effort) -> Roofs:
@@ -234,4 +270,8 @@ def roofs(device: torch.device, effort: Effort) -> Roofs:
     size = _MATMUL_SIZE[device.type]
     matrix = torch.randn(size, size, device=device)
     product = time_calls(lambda: matrix @ matrix, device, effort).median
-    return Roofs(round(2 * source.numel() / copy / 1e6, 3), round(2 * size**3 / product / 1e6, 3))
+    half = None
+    if device.type == "cuda":  # few processors multiply halves
+        matrix = torch.randn(_HALF_MATMUL_SIZE, _HALF_MATMUL_SIZE, device=device, dtype=torch.float16)
+        half = round(2 * _HALF_MATMUL_SIZE**3 / time_calls(lambda: matrix @ matrix, device, effort).median / 1e6, 3)
+    return Roofs(round(2 * source.numel() / copy / 1e6, 3), round(2 * size**3 / product / 1e6, 3), half)

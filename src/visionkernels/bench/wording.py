@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from visionkernels.bench.cases import Case
 from visionkernels.bench.record import Record, Row
 from visionkernels.bench.timing import Timing
 
@@ -32,17 +31,6 @@ def method(record: Record) -> str:
     cache = ", the L2 cache emptied before each call" if record.flushed else ", caches warm"
     copy = f"; copies run at {number(record.roofs.gigabytes_per_second)} GB/s" if record.roofs else ""
     return f"milliseconds, medians{cache}; errors relative to float64{copy}"
-
-
-def describe(case: Case) -> str:
-    """A case in one line."""
-    points = ", ".join(map(str, case.points)) if case.ragged else case.num_points
-    return f"{case.title}: {sizes(case)}, P={points}"
-
-
-def sizes(case: Case) -> str:
-    """The sizes of a case but for its points."""
-    return f"N={case.batch}, S={case.pixels}, Lq={case.queries}, M×D={case.num_heads}×{case.head_dim}"
 
 
 def remarks(record: Record) -> list[str]:
