@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from visionkernels.bench import plots
-from visionkernels.bench.markdown import full_tables, summary
+from visionkernels.bench.markdown import full_tables, summary, verdict
 from visionkernels.bench.record import Record, load
 from visionkernels.bench.wording import WRONG, caption, method
 
@@ -19,7 +19,11 @@ SUITES = {
     "msda": "The operator, on the workloads of known models",
     "msda-module": "A whole attention module, forward and backward",
     "msda-queries": "The operator over the number of queries",
+    "vit": "A whole vision transformer",
+    "vit-ops": "The operators of a vision transformer",
 }
+PICTURES = {"msda-queries": ("queries",), "vit": ("batches",), "vit-ops": ("operators",)}  # of a suite in the README
+WITHOUT_TABLE = ("msda-queries", "vit-ops")  # there
 
 
 def by_device(records: list[Record]) -> dict[str, list[Record]]:
@@ -40,14 +44,16 @@ def readme_section(records: list[Record]) -> str:
         parts.append(f"### {device}")
         for record in own:
             parts.append(f"**{SUITES[record.suite]}**")
-            if record.suite == "msda-queries":
-                parts += [f"![{name}](docs/benchmarks/{name})" for name in picture_names(record)]
-            else:
+            shown = [f"{record.stem}-{name}.png" for name in PICTURES.get(record.suite, ())]
+            parts += [f"![{name}](docs/benchmarks/{name})" for name in picture_names(record) if name in shown]
+            if record.suite not in WITHOUT_TABLE:
                 parts.append(summary(record))
         marked = any(row.wrong for record in own for row in record.rows)
         mark = f" {WRONG}: less exact than a right answer at this dtype." if marked else ""
         files = ", ".join(f"[{record.stem}.json](benchmarks/results/{record.stem}.json)" for record in own)
-        parts.append(f"{_sentence(method(own[0]))}{mark} {caption(own[0])}. From {files}.")
+        methods = " ".join(dict.fromkeys(_sentence(method(record)) for record in own))
+        captions = " ".join(dict.fromkeys(f"{caption(record)}." for record in own))
+        parts.append(f"{methods}{mark} {captions} From {files}.")
     return "\n\n".join(parts) or "No results are committed yet."
 
 
@@ -61,6 +67,8 @@ def docs_section(records: list[Record], pictures: Path, docs: Path) -> str:
             parts += [
                 f"![{name}]({(pictures / name).relative_to(docs.parent).as_posix()})" for name in picture_names(record)
             ]
+            if record.suite in WITHOUT_TABLE[1:]:
+                parts.append(verdict(record))
             parts.append(full_tables(record))
     return "\n\n".join(parts) or "No results are committed yet."
 

@@ -102,6 +102,8 @@ class Case:
         """Cases of one group share a table; each of these has its own."""
         return self.name
 
+    grouped = False
+
 
 _DETR = ((100, 134), (50, 67), (25, 34), (13, 17))  # an image of 800 x 1066 at strides 8 to 64
 _SMALL = ((50, 67), (25, 34), (13, 17), (7, 9))

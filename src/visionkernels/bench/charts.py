@@ -26,14 +26,29 @@ _STYLES = {
     "msda-triton": ("#009E73", "P"),
     "mmcv": ("#E69F00", "<"),
     "dcnv4": ("#CC79A7", ">"),
+    "visionkernels-eager": ("#56B4E9", "D"),
+    "visionkernels-triton": ("#56B4E9", "D"),
+    "transformers-sdpa": ("#000000", "x"),
+    "transformers-eager": ("#999999", "s"),
+    "transformers-compile": ("#F0E442", "v"),
+    "timm": ("#E69F00", "<"),
+    "timm-graph": ("#D55E00", "^"),
+    "timm-compile": ("#CC79A7", ">"),
+    "pytorch": ("#E69F00", "<"),
+    "cublas": ("#999999", "s"),
+    "sdpa-flash": ("#D55E00", "^"),
+    "sdpa-cudnn": ("#009E73", "P"),
+    "sdpa-efficient": ("#CC79A7", ">"),
 }
 
 
-def _dtypes(record: Record) -> list[str]:
+def dtypes_of(record: Record) -> list[str]:
+    """The dtypes that were measured, halves first."""
     return [dtype for dtype in DTYPES if any(row.dtype == dtype for row in record.rows)]
 
 
-def _rows(record: Record, dtype: str, stage: str) -> list[Row]:
+def rows_of(record: Record, dtype: str, stage: str) -> list[Row]:
+    """The rows that have the time of a stage."""
     return [row for row in record.rows if row.dtype == dtype and getattr(row, stage) is not None]
 
 
@@ -45,12 +60,14 @@ def _colour(provider: str) -> str:
     return _STYLES.get(provider, ("#666666", "o"))[0]
 
 
-def _providers(rows: Sequence[Row]) -> list[str]:
+def providers_of(rows: Sequence[Row]) -> list[str]:
+    """Whose rows these are, in the order of the legends."""
     present = {row.provider for row in rows}
     return [name for name in _STYLES if name in present]
 
 
-def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
+def legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """One legend for all axes, above them."""
     handles: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -63,8 +80,8 @@ def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
 
 def bars(figure: Figure, record: Record, dtype: str) -> None:
     """Time of each other provider over ours, one group of bars a workload."""
-    rows = _rows(record, dtype, "forward")
-    rivals = [name for name in _providers(rows) if name != "visionkernels"]
+    rows = rows_of(record, dtype, "forward")
+    rivals = [name for name in providers_of(rows) if name != "visionkernels"]
     cases = [case for case in record.cases if any(row.case == case.name for row in rows)]
     axes = figure.subplots(1, 2, sharey=True)
     position = 0.0
@@ -75,7 +92,7 @@ def bars(figure: Figure, record: Record, dtype: str) -> None:
         ticks.append((position + (len(here) - 1) / 2, f"{case.title}\n{case.sizes}"))
         for name in here:
             for axis, stage in zip(axes, longest, strict=True):
-                found = {row.provider: row for row in _rows(record, dtype, stage) if row.case == case.name}
+                found = {row.provider: row for row in rows_of(record, dtype, stage) if row.case == case.name}
                 if name in found and "visionkernels" in found:
                     mine, other = (_time(found[n], stage) for n in ("visionkernels", name))
                     _bar(axis, position, other / mine, other, name)
@@ -86,17 +103,17 @@ def bars(figure: Figure, record: Record, dtype: str) -> None:
     for axis, stage in zip(axes, longest, strict=True):
         axis.set_xscale("log")
         axis.set_xlim(min(0.8, axis.get_xlim()[0]), longest[stage] * 2.6)
-        _plain(axis.xaxis, "×")
+        plain(axis.xaxis, "×")
         axis.axvline(1, color=_colour("visionkernels"), linewidth=1.6, label="visionkernels")
         axis.set_title(f"{STAGES[stage]}, {dtype}", fontsize=11)
         axis.set_xlabel("time relative to visionkernels = 1; left of the line is faster")
         axis.grid(visible=False, axis="y")
     axes[0].set_yticks([tick for tick, _ in ticks], [text for _, text in ticks], fontsize=8)
     axes[0].set_ylim(position - 0.8, -0.8)
-    _legend(figure, axes)
+    legend(figure, axes)
 
 
-def _plain(axis: Axis, unit: str = "") -> None:
+def plain(axis: Axis, unit: str = "") -> None:
     """Plain numbers at 1, 2 and 5 of each decade of a logarithmic axis."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -118,46 +135,52 @@ def _bar(axis: Axes, position: float, relative: float, milliseconds: float, name
 
 def over_queries(figure: Figure, record: Record) -> None:
     """Time over the number of queries, both axes logarithmic."""
-    dtypes = _dtypes(record)
+    dtypes = dtypes_of(record)
     queries = {case.name: case.queries for case in record.cases}
     figure.set_size_inches(4.6 * len(dtypes) + 0.6 if len(dtypes) > 1 else 6.5, 7.4)
     grid = figure.subplots(2, len(dtypes), sharex=True, squeeze=False)
     for line, stage in zip(grid, ("forward", "forward_backward"), strict=True):
         for axis, dtype in zip(line, dtypes, strict=True):
-            rows = _rows(record, dtype, stage)
-            for name in _providers(rows):
+            rows = rows_of(record, dtype, stage)
+            for name in providers_of(rows):
                 mine = sorted((row for row in rows if row.provider == name), key=lambda row: queries[row.case])
-                colour, marker = _STYLES[name]
                 x = [queries[row.case] for row in mine]
-                ours = name.startswith("visionkernels")
-                axis.loglog(
-                    x, [_time(row, stage) for row in mine], color=colour, marker=marker, markersize=5, label=name,
-                    linewidth=2.2 if ours else 1.3, zorder=3 if ours else 2,
-                    markeredgecolor="#333333", markeredgewidth=0.4,
-                )  # fmt: skip
+                curve(axis, name, x, [_time(row, stage) for row in mine])
                 quantiles = [[getattr(getattr(row, stage), end) for row in mine] for end in ("low", "high")]
-                axis.fill_between(x, *quantiles, color=colour, alpha=0.25, linewidth=0)
+                axis.fill_between(x, *quantiles, color=_colour(name), alpha=0.25, linewidth=0)
             axis.set_title(f"{STAGES[stage]}, {dtype}", fontsize=11)
-            _plain(axis.xaxis)
-            _plain(axis.yaxis)
+            plain(axis.xaxis)
+            plain(axis.yaxis)
         line[0].set_ylabel("milliseconds")
     case = record.cases[0]
     text = f"queries; N={case.batch}, S={case.pixels}, M×D={case.num_heads}×{case.head_dim}, P={case.num_points}"
     for axis in grid[-1]:
         axis.set_xlabel(text if len(dtypes) == 1 else text.replace("; ", "\n"))
-    _legend(figure, list(grid.flat))
+    legend(figure, list(grid.flat))
+
+
+def curve(axis: Axes, name: str, x: Sequence[float], y: Sequence[float]) -> None:
+    """A provider's curve, both axes logarithmic; this package's stand out."""
+    colour, marker = _STYLES[name]
+    ours = name.startswith("visionkernels")
+    axis.loglog(
+        x, y, color=colour, marker=marker, markersize=5, label=name, linewidth=2.2 if ours else 1.3,
+        zorder=3 if ours else 2, markeredgecolor="#333333", markeredgewidth=0.4,
+    )  # fmt: skip
 
 
 def roofline(figure: Figure, record: Record) -> None:
     """Operations a second of the forward over operations a compulsory byte."""
     assert record.roofs is not None
-    dtypes = [dtype for dtype in _dtypes(record) if any(row.forward_bytes for row in _rows(record, dtype, "forward"))]
+    dtypes = [
+        dtype for dtype in dtypes_of(record) if any(row.forward_bytes for row in rows_of(record, dtype, "forward"))
+    ]
     dtypes = [dtype for dtype in dtypes if dtype != "bf16" or "fp16" not in dtypes]  # lies on top of fp16
     figure.set_size_inches(5.2 * len(dtypes) if len(dtypes) > 1 else 7.5, 6.6)
     axes = figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
     for axis, dtype in zip(axes, dtypes, strict=True):
-        points = [(row, *_intensity(row)) for row in _rows(record, dtype, "forward") if row.forward_bytes]
-        for name in _providers([row for row, _, _ in points]):
+        points = [(row, *_intensity(row)) for row in rows_of(record, dtype, "forward") if row.forward_bytes]
+        for name in providers_of([row for row, _, _ in points]):
             mine = [point for point in points if point[0].provider == name]
             colour, marker = _STYLES[name]
             edge = {} if marker == "x" else {"edgecolors": "#333333", "linewidths": 0.4}
@@ -171,10 +194,10 @@ def roofline(figure: Figure, record: Record) -> None:
         _roof(axis, record.roofs.gigabytes_per_second, record.roofs.gigaflops, [x for _, x, _ in points])
         axis.set_title(f"forward, {dtype}", fontsize=11)
         axis.set_xlabel("operations per compulsory byte")
-        _plain(axis.xaxis)
-        _plain(axis.yaxis)
+        plain(axis.xaxis)
+        plain(axis.yaxis)
     axes[0].set_ylabel("10⁹ operations a second")
-    _legend(figure, list(axes))
+    legend(figure, list(axes))
 
 
 def _number_points(axis: Axes, record: Record, points: list[tuple[Row, float, float]]) -> None:

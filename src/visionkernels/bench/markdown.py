@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from visionkernels.bench.record import Record, Row
 from visionkernels.bench.timing import Timing
@@ -18,6 +19,7 @@ from visionkernels.bench.wording import (
     percent,
     ratio,
     remarks,
+    share_of_product_alone,
     stage_time,
 )
 
@@ -55,27 +57,42 @@ def verdict(record: Record) -> str:
 
 def _duel_table(record: Record) -> str:
     cases = [case for case in record.cases if "headline" in case.tags] or record.cases
+    stages = [stage for stage in ("forward", "forward_backward") if any(getattr(row, stage) for row in record.rows)]
     titles = ["workload", "dtype"]
-    for stage in ("forward", "forward_backward"):
+    for stage in stages:
         titles += [f"{STAGES[stage]}, ms", "fastest other", ""]
+    more = _MODEL_FIGURES if record.suite == "vit" else ()
+    titles += [title for title, _ in more]
     found = {(duel.case, duel.dtype, duel.stage): duel for duel in duels(record)}
     lines = []
     for case in cases:
-        title = f"{case.title}, N={case.batch}, Lq={case.queries}"
+        title = case.label
         for row in record.rows:
             if (row.case, row.provider) != (case.name, "visionkernels"):
                 continue
             cells = []
-            for stage in ("forward", "forward_backward"):
+            for stage in stages:
                 duel = found.get((case.name, row.dtype, stage))
                 cells += [
                     _time(row, stage),
                     "-" if duel is None else _rival(duel),
                     "" if duel is None else ratio(duel.ratio),
                 ]
-            lines.append([title, row.dtype, *cells])
+            lines.append([title, row.dtype, *cells, *(cell(record, row) for _, cell in more)])
             title = ""
     return _table(titles, lines, left=2)
+
+
+_Figure = tuple[str, Callable[[Record, Row], str]]
+_PRODUCTS: tuple[_Figure, ...] = (
+    ("TFLOP/s", lambda record, row: number(row.teraflops())),
+    ("of a large product", lambda record, row: percent(row.share_of_products(record.roofs))),
+)
+_MODEL_FIGURES: tuple[_Figure, ...] = (
+    *_PRODUCTS,
+    ("weights, MB", lambda record, row: number(row.weights_megabytes)),
+    ("memory beyond, MB", lambda record, row: number(row.forward_megabytes)),
+)
 
 
 def _module_table(rows: Sequence[Row]) -> str:
@@ -124,24 +141,30 @@ def _rival(duel: Duel) -> str:
 
 
 def full_tables(record: Record) -> str:
-    """All figures of a record: one table a case, then how they were taken and what the tables cannot show."""
+    """All figures of a record: one table a group of cases, then how they were taken and what the tables cannot show."""
     parts = []
-    for case in record.cases:
-        rows = [row for row in record.rows if row.case == case.name and row.refused is None]
+    for title, cases in record.groups.items():
+        sizes = {case.name: case.size for case in cases if case.grouped}
+        names = [case.name for case in cases]
+        rows = [row for row in record.rows if row.case in names and row.refused is None]
         if rows:
-            parts.append(f"**{case.description}**\n\n{_case_table(record, rows)}")
+            head = ["dtype", "provider"] if not sizes else [cases[0].axis, "dtype", "provider"]
+            parts.append(f"**{title if sizes else cases[0].description}**\n\n{_case_table(record, rows, head, sizes)}")
+    parts += [_breakdown_table(record)] if any(row.breakdown for row in record.rows) else []
     notes = "".join(f"\n- {line}" for line in remarks(record))
     end = f"Figures: {method(record)}; in brackets the 20 % and 80 % quantiles. {caption(record)}."
     return "\n\n".join([*parts, end + ("\n" + notes if notes else "")])
 
 
-def _case_table(record: Record, rows: Sequence[Row]) -> str:
+def _case_table(record: Record, rows: Sequence[Row], head: Sequence[str], sizes: dict[str, int]) -> str:
+    """The figures of one case, or of those that have a size."""
     columns: list[tuple[str, Callable[[Row], str]]] = [
         ("forward", lambda row: _spread(row, "forward")),
         ("in a CUDA graph", lambda row: _time(row, "forward_graph")),
         ("backward", lambda row: _spread(row, "backward")),
         ("forward + backward", lambda row: _spread(row, "forward_backward")),
         ("host µs", lambda row: number(row.host_microseconds)),
+        ("weights MB", lambda row: number(row.weights_megabytes)),
         ("forward MB", lambda row: number(row.forward_megabytes)),
         ("peak MB", lambda row: number(row.peak_megabytes)),
         ("with inputs MB", lambda row: number(row.total_megabytes)),
@@ -150,9 +173,37 @@ def _case_table(record: Record, rows: Sequence[Row]) -> str:
         ("error", lambda row: error(row, row.error_forward)),
         ("of gradients", lambda row: error(row, row.error_backward)),
     ]
+    if record.counts_products:
+        columns += [(title, partial(cell, record)) for title, cell in _PRODUCTS]
+        columns.append(("of the product alone", lambda row: percent(share_of_product_alone(record, row))))
     used = [(title, cell) for title, cell in columns if any(cell(row) != "-" for row in rows)]
-    lines = [[row.dtype, row.provider, *(cell(row) for _, cell in used)] for row in rows]
-    return _table(["dtype", "provider", *(title for title, _ in used)], lines, left=2)
+    rows = sorted(rows, key=lambda row: sizes[row.case]) if sizes else rows
+    lines = [
+        [*([str(sizes[row.case])] if sizes else []), row.dtype, row.provider, *(cell(row) for _, cell in used)]
+        for row in rows
+    ]
+    return _table([*head, *(title for title, _ in used)], lines, left=len(head))
+
+
+def _breakdown_table(record: Record) -> str:
+    """Where the time of a forward goes: a column a case that was profiled."""
+    profiled = [(row, row.breakdown) for row in record.rows if row.breakdown]
+    labels = {case.name: case.label for case in record.cases}
+    kinds = dict.fromkeys(kind for _, parts in profiled for kind in parts)
+    lines = [
+        [
+            kind,
+            *(
+                f"{number(parts.get(kind))} ({percent(parts.get(kind, 0.0) / sum(parts.values()))})"
+                for _, parts in profiled
+            ),
+        ]
+        for kind in kinds
+    ]
+    titles = ["kind of operator", *(f"{labels[row.case]}, {row.dtype}" for row, _ in profiled)]
+    return (
+        f"**Where the time goes: milliseconds of the device, operators one by one**\n\n{_table(titles, lines, left=1)}"
+    )
 
 
 def _time(row: Row, stage: str) -> str:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from visionkernels.bench import charts
+from visionkernels.bench import charts, vit_charts
 from visionkernels.bench.record import Record, check_directory, load
 from visionkernels.bench.wording import caption
 from visionkernels.errors import UserError
@@ -103,4 +103,9 @@ _PLOTS: dict[str, dict[str, _Plot]] = {
     },
     "msda-module": {"bars": _Plot(_has("forward_backward"), charts.module_bars)},
     "msda-queries": {"queries": _Plot(_has("forward"), charts.over_queries)},
+    "vit": {
+        "batches": _Plot(_has("forward"), vit_charts.over_batches),
+        "breakdown": _Plot(_has("breakdown"), vit_charts.breakdown),
+    },
+    "vit-ops": {"operators": _Plot(_has("forward"), vit_charts.operators)},
 }

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from visionkernels.bench.cases import CASE_TYPES, AnyCase
+from visionkernels.bench.cases import CASE_TYPES
 from visionkernels.bench.timing import Roofs, Timing
 from visionkernels.errors import UserError
 
@@ -164,9 +164,9 @@ class Record:
         return self.suite in ("vit", "vit-ops")
 
     @property
-    def groups(self) -> dict[str, list[AnyCase]]:
+    def groups(self) -> dict[str, list[Any]]:
         """The cases by what shares a table."""
-        groups: dict[str, list[AnyCase]] = {}
+        groups: dict[str, list[Any]] = {}
         for case in self.cases:
             groups.setdefault(case.group, []).append(case)
         return groups

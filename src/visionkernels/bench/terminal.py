@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Protocol
 
 from visionkernels.bench.markdown import full_tables
 from visionkernels.bench.record import Record, Row
-from visionkernels.bench.timing import Roofs
 from visionkernels.bench.wording import (
     WRONG,
     caption,
@@ -19,6 +18,7 @@ from visionkernels.bench.wording import (
     milliseconds,
     number,
     remarks,
+    share_of_product_alone,
     stage_time,
 )
 
@@ -36,45 +36,68 @@ def rich_tables(record: Record) -> Iterable[Table]:
     from rich import box
     from rich.table import Table
 
-    cells = {id(row): _cells(row, record.roofs) for row in record.rows}
+    cells = {id(row): _cells(record, row) for row in record.rows}
     titles = [title for title in _TITLES if any(cells[id(row)][title] != "-" for row in record.rows)]
-    for case in record.cases:
-        rows = [row for row in record.rows if row.case == case.name]
+    for group, cases in record.groups.items():
+        sizes = {case.name: case.size for case in cases if case.grouped}
+        names = [case.name for case in cases]
+        rows = [row for row in record.rows if row.case in names and not (sizes and row.refused)]
         if not rows:
             continue
-        table = Table(
-            title=f"{case.name} — {case.description}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
-        )
+        title = group if sizes else f"{cases[0].name} — {cases[0].description}"
+        table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+        if sizes:
+            table.add_column(cases[0].axis, justify="right")
+            rows.sort(key=lambda row: sizes[row.case])
         table.add_column("dtype")
         table.add_column("provider")
         for title in titles:
             table.add_column(title, justify="right")
         last = None
         for row in rows:
-            if last not in (None, row.dtype):
+            here = (sizes.get(row.case), row.dtype)
+            if last not in (None, here):
                 table.add_section()
+            first = [*([str(here[0])] if sizes else []), row.dtype]
             table.add_row(
-                "" if last == row.dtype else row.dtype, row.provider, *(cells[id(row)][title] for title in titles),
-                style="bold" if row.ours else None,
+                *([""] * len(first) if last == here else first), row.provider,
+                *(cells[id(row)][title] for title in titles), style="bold" if row.ours else None,
             )  # fmt: skip
-            last = row.dtype
+            last = here
         yield table
 
 
-_TITLES = ("fwd", "graph", "bwd", "both", "host µs", "MB", "total MB", "copy", "error", "of grad")
+_TITLES = (
+    "fwd",
+    "graph",
+    "bwd",
+    "both",
+    "host µs",
+    "MB",
+    "total MB",
+    "weights",
+    "copy",
+    "TF/s",
+    "alone",
+    "error",
+    "of grad",
+)
 
 
-def _cells(row: Row, roofs: Roofs | None) -> dict[str, str]:
-    share = row.share(roofs, "forward")
+def _cells(record: Record, row: Row) -> dict[str, str]:
+    share, alone = row.share(record.roofs, "forward"), share_of_product_alone(record, row)
     return {
         "fwd": _time(row, "forward"),
         "graph": milliseconds(row.forward_graph),
         "bwd": _time(row, "backward"),
         "both": milliseconds(row.forward_backward),
         "host µs": number(row.host_microseconds),
-        "MB": number(row.peak_megabytes),
+        "MB": number(row.forward_megabytes if record.counts_products else row.peak_megabytes),
         "total MB": number(row.total_megabytes) if row.forward_bytes is None else "-",  # a module holds parameters
+        "weights": number(row.weights_megabytes),
         "copy": "-" if share is None else f"{100 * share:.0f}%",
+        "TF/s": number(row.teraflops()) if record.counts_products else "-",
+        "alone": "-" if alone is None else f"{100 * alone:.0f}%",
         "error": error(row, row.error_forward).replace(f" {WRONG}", "!"),
         "of grad": error(row, row.error_backward).replace(f" {WRONG}", "!"),
     }
@@ -99,7 +122,11 @@ def print_tables(record: Record) -> None:
 def print_end(records: Sequence[Record]) -> None:
     """Print what the tables of a run cannot show, and its conditions."""
     lines = [line for record in records for line in remarks(record)]
-    lines.append(f"{method(records[0])}; copy: share of that bandwidth that the forward reaches")
+    for record in records:
+        text = f"{method(record)}; copy: share of that bandwidth that the forward reaches"
+        if record.counts_products:
+            text += "; alone: speed where the matrix product alone is 100%; MB: memory of a forward beyond the weights"
+        lines.append(text)
     for line in dict.fromkeys([*lines, caption(records[0])]):
         if HAS_RICH:
             _console().print(line.replace(WRONG, "!"), markup=False)

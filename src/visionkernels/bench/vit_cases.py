@@ -89,6 +89,7 @@ class ModelCase:
         return self.batch
 
     axis = "batch"  # what that is, in words
+    grouped = True
 
 
 _ABOUT = {  # title: family, timm's name, image size, patch size, width, layers, heads
@@ -180,6 +181,7 @@ class OpCase:
         return f"{self.title}: {self.sizes}"
 
     label = description
+    grouped = True
 
     @property
     def group(self) -> str:
@@ -195,7 +197,9 @@ class OpCase:
 _IMAGE = 197  # tokens
 _ROWS = (1, 2, 8, 32, 128, 256)  # images whose tokens are the rows
 _QUICK_ROWS = (1, 4)
-_TOTAL = 2**14  # tokens of all images of an attention, about
+_ATTENDED = (  # tokens and images: about as many tokens in all
+    (64, 256), (128, 128), (_IMAGE, 128), (256, 64), (512, 32), (1024, 16), (1370, 12), (2048, 8), (4096, 4),
+)  # fmt: skip
 
 
 def _sized(sizes: tuple[int, ...], few: tuple[int, ...]) -> list[tuple[int, tuple[str, ...]]]:
@@ -232,7 +236,7 @@ _OP_CASES = (
     *_linear("down", " + residual", 3072, 768, residual=True),
     *(
         _attention(f"attention-n{tokens}", "attention, 12 heads of 64", tokens, batch, "gpu")
-        for tokens, batch in sorted([(_IMAGE, 128), *((n, _TOTAL // n) for n in (64, 128, 256, 512, 1024, 1370, 2048, 4096))])
+        for tokens, batch in _ATTENDED
     ),
     *(
         _attention(f"attention-n{tokens}-single", "attention of one image, 12 heads of 64", tokens, 1, *tags)
@@ -240,8 +244,8 @@ _OP_CASES = (
     ),
     *(
         OpCase(
-            f"patch-embedding-n{images}", "patch embedding, 224×224, 16×16", "patch_embedding", "images", images, images,
-            tags=tags,
+            f"patch-embedding-n{images}", "patch embedding, 224×224, 16×16", "patch_embedding", "images", images,
+            images, tags=tags,
         )
         for images, tags in _sized((1, 8, 32, 128, 256), (1, 2))
     ),

@@ -29,7 +29,12 @@ def caption(record: Record) -> str:
 def method(record: Record) -> str:
     """How the figures were taken, in one line."""
     cache = ", the L2 cache emptied before each call" if record.flushed else ", caches warm"
+    if record.suite == "vit":
+        cache = " of a call on an idle device, the host's part with it"
     copy = f"; copies run at {number(record.roofs.gigabytes_per_second)} GB/s" if record.roofs else ""
+    half = None if record.roofs is None else record.roofs.half_gigaflops
+    if half is not None and record.counts_products:
+        copy += f", a large float16 product at {number(half / 1e3)} TFLOP/s"
     return f"milliseconds, medians{cache}; errors relative to float64{copy}"
 
 
@@ -112,7 +117,8 @@ def duels(record: Record, stages: Iterable[str] = ("forward", "forward_backward"
     for stage in stages:
         timed = [row for row in record.rows if getattr(row, stage) is not None]
         for mine in (row for row in timed if row.provider == ours):
-            rivals = [r for r in timed if (r.case, r.dtype) == (mine.case, mine.dtype) and not r.ours]
+            same = [r for r in timed if (r.case, r.dtype) == (mine.case, mine.dtype)]
+            rivals = [r for r in same if not r.ours and not r.partial]
             if rivals:
                 best = min(rivals, key=lambda row: getattr(row, stage).median)
                 found.append(Duel(mine.case, mine.dtype, stage, mine, best))
@@ -122,3 +128,11 @@ def duels(record: Record, stages: Iterable[str] = ("forward", "forward_backward"
 def ratio(value: float) -> str:
     """How many times as fast; a loss stands out."""
     return f"{value:.3g}×" if value >= 1 else f"**{value:.3g}×, slower**"
+
+
+def share_of_product_alone(record: Record, row: Row) -> float | None:
+    """How fast a row is where the product alone, without what follows, is 1; None where that was not measured."""
+    alone = [r for r in record.rows if r.partial and (r.case, r.dtype) == (row.case, row.dtype) and r.forward]
+    if not alone or row.partial or row.forward is None or alone[0].forward is None:
+        return None
+    return alone[0].forward.median / row.forward.median
