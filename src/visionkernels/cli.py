@@ -38,6 +38,10 @@ suites:
   msda                the operator alone, on the workloads of known models
   msda-module         a whole attention module, forward and backward: time and memory
   msda-queries        the operator over a growing number of queries
+  vit                 whole vision transformers, beside transformers and timm: time, memory, TFLOP/s; and of some
+                      where the time goes
+  vit-ops             their operators over sizes, beside PyTorch's functions, cuBLAS and the kernels of
+                      scaled_dot_product_attention
 
 Ends with exit code 1 if a result of this package's is wrong.
 """
@@ -47,6 +51,7 @@ examples:
   visionkernels bench --quick                          under a minute, on a CPU too
   visionkernels bench --save                           every suite, into benchmarks/results
   visionkernels bench --suite msda --case encoder-n4 decoder-n1 --dtype fp16 --against grid_sample
+  visionkernels bench --suite vit --case vit-b-n1 --against timm-graph timm-compile
   visionkernels bench --list                           the cases and the providers
   visionkernels bench --plot benchmarks/results/*.json plots of results, measured here or elsewhere
 """
@@ -140,7 +145,7 @@ def _add_bench(subparsers: "argparse._SubParsersAction[_Parser]") -> None:
         "--dtype",
         metavar="T",
         nargs="+",
-        help="of fp64, fp32, fp16, bf16 (default: fp16 fp32, of the main cases bf16 too; on a CPU fp32)",
+        help="of fp64, fp32, fp16, bf16 (default: fp16 fp32, of the main cases bf16 too; of the suites vit fp16; on a CPU fp32)",
     )
     job.add_argument(
         "--against", metavar="PROVIDER", nargs="*", help="peers (default: those that can be imported; nothing: none)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from visionkernels.bench.charts import curve, dtypes_of, legend, plain, providers_of, rows_of
@@ -19,21 +20,29 @@ _OTHER = "#BBBBBB"
 
 
 def over_batches(figure: Figure, record: Record) -> None:
-    """Time of a forward over the batch, a panel a model and dtype."""
+    """Time of a forward over the batch, and the same relative to ours; a column a model and dtype."""
     panels = _panels(record)
-    axes = _grid(figure, len(panels), most=3)
-    for axis, (title, dtype, names) in zip(axes, panels, strict=True):
-        _curves(axis, record, dtype, names, _milliseconds)
-        axis.set_title(f"{title}, {dtype}", fontsize=11)
-        axis.set_xlabel("batch")
-    axes[0].set_ylabel("milliseconds")
-    legend(figure, axes)
+    figure.set_size_inches(max(6.5, 3.9 * len(panels) + 0.6), 7.4)
+    grid = figure.subplots(2, len(panels), sharex="col", squeeze=False)
+    for i, (title, dtype, names) in enumerate(panels):
+        mine = {
+            row.case: row.forward.median
+            for row in rows_of(record, dtype, "forward")
+            if row.provider == "visionkernels" and row.forward is not None
+        }
+        _curves(grid[0, i], record, dtype, names, _milliseconds)
+        _curves(grid[1, i], record, dtype, names, partial(_relative, mine))
+        grid[0, i].set_title(f"{title}, {dtype}", fontsize=11)
+        grid[1, i].set_xlabel("batch")
+    grid[0, 0].set_ylabel("milliseconds")
+    grid[1, 0].set_ylabel("time relative to visionkernels = 1")
+    legend(figure, list(grid.flat))
 
 
 def operators(figure: Figure, record: Record) -> None:
     """What each operator reaches over its sizes, a panel an operator, beside what the device does."""
     panels = _panels(record)
-    axes = _grid(figure, len(panels), most=4)
+    axes = _grid(figure, len(panels))
     axis_names = {case.group: case.axis for case in record.cases}
     for axis, (title, dtype, names) in zip(axes, panels, strict=True):
         counted = any(row.forward_flops for row in record.rows if row.case in names)
@@ -94,8 +103,8 @@ def _panels(record: Record) -> list[tuple[str, str, dict[str, int]]]:
     return panels
 
 
-def _grid(figure: Figure, panels: int, most: int) -> list[Axes]:
-    columns = min(panels, most)
+def _grid(figure: Figure, panels: int) -> list[Axes]:
+    columns = min(panels, 4)
     rows = -(-panels // columns)
     figure.set_size_inches(max(6.5, 3.9 * columns + 0.6), 1.3 + 3.3 * rows)
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -114,10 +123,17 @@ def _curves(
             curve(axis, name, [x for x, _ in points], [y for _, y in points])
     plain(axis.xaxis)
     plain(axis.yaxis)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}")
+    axis.tick_params(axis="x", labelsize=8)
 
 
 def _milliseconds(row: Row) -> float | None:
     return None if row.forward is None else row.forward.median
+
+
+def _relative(mine: dict[str, float], row: Row) -> float | None:
+    """The time of a row over ours of the same case."""
+    return None if row.forward is None or row.case not in mine else row.forward.median / mine[row.case]
 
 
 def _gigabytes(row: Row) -> float | None:
