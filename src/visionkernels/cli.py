@@ -145,7 +145,8 @@ def _add_bench(subparsers: "argparse._SubParsersAction[_Parser]") -> None:
         "--dtype",
         metavar="T",
         nargs="+",
-        help="of fp64, fp32, fp16, bf16 (default: fp16 fp32, of the main cases bf16 too; of the suites vit fp16; on a CPU fp32)",
+        help="of fp64, fp32, fp16, bf16 (default: fp16 fp32, of the main cases bf16 too; of the suites vit fp16; on a"
+        " CPU fp32)",
     )
     job.add_argument(
         "--against", metavar="PROVIDER", nargs="*", help="peers (default: those that can be imported; nothing: none)"
