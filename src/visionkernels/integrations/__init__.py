@@ -6,16 +6,18 @@ from contextlib import contextmanager
 from torch import nn
 
 from visionkernels.integrations import transformers as _transformers
-from visionkernels.integrations._patch import apply_patches, check_is_module, revert_patches
+from visionkernels.integrations import transformers_vit as _transformers_vit
+from visionkernels.integrations._patch import PatchRow, apply_patches, check_is_module, revert_patches
 from visionkernels.integrations._report import PatchReport
 
 __all__ = ["PatchReport", "patch", "patched", "unpatch"]
 
-_TABLE = _transformers.INTEGRATIONS  # other upstream projects are switched on as a whole, by functions of their own
+# Other upstream projects are switched on as a whole, by functions of their own.
+_TABLE: tuple[PatchRow, ...] = (*_transformers.INTEGRATIONS, *_transformers_vit.PARTS)
 
 
 def patch(model: nn.Module) -> PatchReport:
-    """Replace every multi-scale deformable attention of a Hugging Face model by this package's operator.
+    """Replace the multi-scale deformable attention and the vision transformer of a Hugging Face model by operators.
 
     Works on the instance: other models, and the classes and functions of transformers, stay as they are. So do
     parameters, buffers and the state dict, and `save_pretrained` writes the same checkpoint. A copy of a
@@ -28,6 +30,15 @@ def patch(model: nn.Module) -> PatchReport:
     RF-DETR and RT-DETR; a function that the attention holds in D-FINE and DEIMv2; a function that its `forward`
     looks up in RT-DETRv2, Mask2Former and OneFormer. In these three the attention becomes an instance of a
     subclass of its class, of the same name, so `isinstance` still holds.
+
+    Of a vision transformer (ViT, DeiT, DINOv2, DINOv2 with registers, DINOv3, and BEiT, and the vision half of CLIP and
+    SigLIP), alone or as a backbone, the attention function, the MLPs and the layer norms are replaced; hooks,
+    `output_hidden_states` and the layers' own code stay. These operators are for inference and compute no gradients:
+    under `torch.no_grad()` or `torch.inference_mode()` they run, and where a gradient is asked for (grad mode is on and
+    an input or a parameter requires one) upstream's code runs, so that training works as before. It also runs for
+    norms under `torch.autocast`, in an attention with active dropout, and in an MLP whose linear layers have hooks, are
+    quantised or otherwise not plain. Attention weights are not returned, as with `sdpa`, and
+    `set_attn_implementation` does nothing to a patched attention until `unpatch`.
 
     Args:
         model: a transformers model, or anything that holds one: a wrapper, or a part of it.

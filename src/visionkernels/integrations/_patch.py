@@ -11,10 +11,10 @@ name that it hides, or another class. All are ordinary parts of an object, so `c
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from torch import nn
 
@@ -51,12 +51,28 @@ class Integration:
     adapter: Callable[..., Any]
     versions: str
 
-    def find_class(self, module: nn.Module) -> type | None:
-        """Return the class of this row among the module's class and its bases, or None."""
-        for cls in type(module).__mro__:
-            if cls.__module__ == self.module and cls.__name__ == self.class_name:
-                return cls
+    def find_class(self, module: nn.Module, around: Sequence[nn.Module] = ()) -> type | None:
+        """Return the class of this row among the module's class and its bases, or None; `around` does not matter."""
+        return is_class(module, self.module, self.class_name)
+
+    def overrides_forward(self, module: nn.Module, cls: type) -> bool:
+        """Whether the module's `forward` is not that of the class."""
+        if type(module).forward is not cls.forward:  # type: ignore[attr-defined]
+            return True
+        own = module.__dict__.get("forward")
+        if own is None or self.place == "attribute":  # that is exchanged under any `forward`
+            return False
+        # A user's own, or a hook of accelerate, does more than call the operator: it is kept.
+        return self.place == "global" or not _is_method_of_layer(own, module, self.class_name)
+
+    def refuses(self, module: nn.Module) -> str | None:
+        """Return why a module is left alone, or None; none is."""
         return None
+
+    def replaced(self, name: str, module: nn.Module) -> Replaced:
+        """Return what the report says of a module."""
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        return Replaced(name, kind, "forward", self.name) if self.place == "global" else Replaced(name, kind, self.name)
 
     def find_operator(self, module: nn.Module) -> Callable[..., Any] | None:
         """Return what the adapter stands in for on this module, or None where upstream has no such thing."""
@@ -64,6 +80,26 @@ class Integration:
             scope = getattr(type(module).forward, "__globals__", {})
             return scope.get(self.name)
         return getattr(type(module) if self.place == "method" else module, self.name, None)
+
+    def make_patch(self, module: nn.Module) -> "Patch":
+        """Check that upstream is what the row says, and return the patch for this module."""
+        operator = self.find_operator(module)
+        if operator is None:
+            raise RuntimeError(not_as_written(self, f"has no {self.name}"))
+        parameters = tuple(inspect.signature(operator).parameters)
+        expected = tuple(inspect.signature(self.adapter).parameters)
+        if self.place == "method":
+            expected = ("self", *expected)
+        if parameters != expected:
+            written_for = f"but its adapter was written for ({', '.join(expected)})"
+            raise RuntimeError(not_as_written(self, f"takes ({', '.join(parameters)}), {written_for}"))
+        if self.place != "global":
+            return AttributePatch(self.name, self.adapter)
+        try:
+            rebound_class(type(module), self.name, self.adapter)
+        except RuntimeError as error:
+            raise RuntimeError(not_as_written(self, f"cannot be exchanged in forward: {error}")) from error
+        return ClassPatch(self.name, self.adapter, type(module))
 
     def describe(self) -> str:
         """Return what is replaced, as upstream calls it."""
@@ -76,13 +112,13 @@ class AttributePatch:
 
     Args:
         attribute: name of the attribute.
-        replacement: the new value. A plain function: it is called without the module, so that copies and
+        replacement: the new value. If a function, a plain one: it is called without the module, so that copies and
             replicas of the module need no rebinding.
         hidden: the instance's own value before, under `attribute`; empty when there was none.
     """
 
     attribute: str
-    replacement: Callable[..., Any]
+    replacement: Any
     hidden: dict[str, Any] = field(default_factory=dict)
 
     def apply(self, module: nn.Module) -> None:
@@ -111,8 +147,8 @@ class ClassPatch:
     """A module instance moved to a class whose `forward` calls something else, and its class before.
 
     Args:
-        name: the function that `forward` looked up.
-        replacement: what it calls instead.
+        name: the function that `forward` looked up, or "forward" where all of it is exchanged.
+        replacement: what it calls instead; or the whole `forward`, called with the module.
         original: the instance's class before.
     """
 
@@ -140,13 +176,30 @@ class ClassPatch:
 Patch = AttributePatch | ClassPatch
 
 
+class PatchRow(Protocol):
+    """What patching asks of a row of a table; `Integration` says what each returns."""
+
+    @property
+    def title(self) -> str: ...
+    @property
+    def module(self) -> str: ...
+    @property
+    def versions(self) -> str: ...
+    def find_class(self, module: nn.Module, around: Sequence[nn.Module] = ()) -> type | None: ...
+    def overrides_forward(self, module: nn.Module, cls: type) -> bool: ...
+    def refuses(self, module: nn.Module) -> str | None: ...
+    def make_patch(self, module: nn.Module) -> Patch: ...
+    def replaced(self, name: str, module: nn.Module) -> Replaced: ...
+    def describe(self) -> str: ...
+
+
 def find_patch(module: nn.Module) -> Patch | None:
     """Return the patch that a module carries, or None."""
     patch: Patch | None = module.__dict__.get(_MARK)
     return patch
 
 
-def apply_patches(model: nn.Module, table: Iterable[Integration]) -> tuple[PatchReport, list[nn.Module]]:
+def apply_patches(model: nn.Module, table: Iterable[PatchRow]) -> tuple[PatchReport, list[nn.Module]]:
     """Replace the operator of every module of `model` that a row of `table` names.
 
     Everything is checked before anything is replaced, so that an error leaves the model as it was.
@@ -166,27 +219,38 @@ def apply_patches(model: nn.Module, table: Iterable[Integration]) -> tuple[Patch
     check_is_module(model)
     rows = tuple(table)
     found: list[tuple[nn.Module, Patch]] = []
-    replaced, already, skipped = [], [], []
-    for name, module in model.named_modules():
-        row, cls = next(((row, cls) for row in rows if (cls := row.find_class(module))), (None, None))
+    replaced, already, skipped, unfit = [], [], [], []
+    for name, module, around in _with_surroundings(model):
+        row, cls = next(((row, cls) for row in rows if (cls := row.find_class(module, around))), (None, None))
         if row is None or cls is None:
             continue
         if find_patch(module) is not None:
             already.append(name)
-        elif _overrides_forward(module, cls, row):
+        elif row.overrides_forward(module, cls):
             skipped.append(name)
+        elif (reason := row.refuses(module)) is not None:
+            unfit.append((name, reason))
         else:
-            found.append((module, _make_patch(module, row)))
-            kind = f"{type(module).__module__}.{type(module).__qualname__}"
-            replaced.append(
-                Replaced(name, kind, "forward", row.name) if row.place == "global" else Replaced(name, kind, row.name)
-            )
+            found.append((module, row.make_patch(module)))
+            replaced.append(row.replaced(name, module))
     if not found and not already:
-        raise ValueError(_nothing_found(model, rows, skipped))
+        raise ValueError(_nothing_found(model, rows, skipped, unfit))
     for module, patch in found:
         patch.apply(module)
-    report = PatchReport(type(model).__name__, tuple(replaced), tuple(already), tuple(skipped))
+    report = PatchReport(type(model).__name__, tuple(replaced), tuple(already), tuple(skipped), tuple(unfit))
     return report, [module for module, _ in found]
+
+
+def _with_surroundings(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[nn.Module]]]:
+    """Yield every module with its name and the modules that hold it, nearest first."""
+    named = dict(model.named_modules())
+    for name, module in named.items():
+        around = []
+        rest = name
+        while rest:
+            rest = rest.rpartition(".")[0]
+            around.append(named[rest])
+        yield name, module, around
 
 
 def revert_patches(modules: Iterable[nn.Module]) -> int:
@@ -216,16 +280,6 @@ def check_is_module(model: object) -> None:
         raise TypeError(f"model: expected a torch.nn.Module instance, got {got}; pass the model itself")
 
 
-def _overrides_forward(module: nn.Module, cls: type, row: Integration) -> bool:
-    if type(module).forward is not cls.forward:  # type: ignore[attr-defined]
-        return True
-    own = module.__dict__.get("forward")
-    if own is None or row.place == "attribute":  # that is exchanged under any `forward`
-        return False
-    # A user's own, or a hook of accelerate, does more than call the operator: it is kept.
-    return row.place == "global" or not _is_method_of_layer(own, module, row.class_name)
-
-
 def _is_method_of_layer(own: Any, module: nn.Module, class_name: str) -> bool:
     """Whether `own` is the `forward` of a class of that name, bound to `module`, as `kernels.kernelize` sets it.
 
@@ -235,35 +289,27 @@ def _is_method_of_layer(own: Any, module: nn.Module, class_name: str) -> bool:
     return isinstance(own, MethodType) and own.__self__ is module and name == f"{class_name}.forward"
 
 
-def _make_patch(module: nn.Module, row: Integration) -> Patch:
-    """Check that upstream is what the row says, and return the patch for this module."""
-    operator = row.find_operator(module)
-    if operator is None:
-        raise RuntimeError(_not_as_written(row, f"has no {row.name}"))
-    parameters = tuple(inspect.signature(operator).parameters)
-    expected = tuple(inspect.signature(row.adapter).parameters)
-    if row.place == "method":
-        expected = ("self", *expected)
-    if parameters != expected:
-        written_for = f"but its adapter was written for ({', '.join(expected)})"
-        raise RuntimeError(_not_as_written(row, f"takes ({', '.join(parameters)}), {written_for}"))
-    if row.place != "global":
-        return AttributePatch(row.name, row.adapter)
-    try:
-        rebound_class(type(module), row.name, row.adapter)
-    except RuntimeError as error:
-        raise RuntimeError(_not_as_written(row, f"cannot be exchanged in forward: {error}")) from error
-    return ClassPatch(row.name, row.adapter, type(module))
+def is_class(module: nn.Module, defined_in: str, name: str) -> type | None:
+    """Return the class of this name and defining module among the module's class and its bases, or None."""
+    for cls in type(module).__mro__:
+        if cls.__module__ == defined_in and cls.__name__ == name:
+            return cls
+    return None
 
 
-def _not_as_written(row: Integration, what: str) -> str:
+def not_as_written(row: PatchRow, what: str) -> str:
+    """Return the message that upstream is not what a row says."""
     root = row.module.partition(".")[0]
     version = getattr(sys.modules.get(root), "__version__", "(unknown version)")
     return f"model: {row.module}.{row.describe()} of {root} {version} {what}; use {root} {row.versions}"
 
 
-def _nothing_found(model: nn.Module, rows: tuple[Integration, ...], skipped: list[str]) -> str:
-    if skipped:
+def _nothing_found(
+    model: nn.Module, rows: tuple[PatchRow, ...], skipped: list[str], unfit: list[tuple[str, str]]
+) -> str:
+    if unfit:
+        cause = f"{unfit[0][0]!r} is left alone, since {unfit[0][1]}"
+    elif skipped:
         cause = f"the forward of {', '.join(repr(name) for name in skipped)} is overridden"
     else:
         cause = "it holds no module of a supported class"

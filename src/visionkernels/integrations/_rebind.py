@@ -74,6 +74,8 @@ def _compile(function: FunctionType, name: str) -> Callable[..., FunctionType]:
 def rebound_class(cls: type, name: str, replacement: Callable[..., Any]) -> type:
     """Return the subclass of `cls` whose `forward` calls `replacement` for `name`; one for equal arguments.
 
+    If `name` is "forward", `replacement` is all of its `forward`, called with the module.
+
     Raises:
         RuntimeError: as for `rebind`.
     """
@@ -88,9 +90,18 @@ def _make_class(cls: Any, forward: Callable[..., Any], name: str, replacement: C
         _, _, *state = cls.__reduce_ex__(self, protocol)
         return (_new, (cls, name, replacement), *state)
 
-    body = {"forward": rebind(forward, name, replacement), "__reduce_ex__": reduce_ex, _UPSTREAM: cls}
+    body = {
+        "forward": replacement if name == "forward" else rebind(forward, name, replacement),
+        "__reduce_ex__": reduce_ex,
+        _UPSTREAM: cls,
+    }
     named = {key: getattr(cls, key) for key in ("__module__", "__qualname__", "__doc__")}
     return type(cls.__name__, (cls,), body | named)
+
+
+def upstream_class(module: nn.Module) -> Any:
+    """Return the class that a module of a class made by `rebound_class` was of before."""
+    return vars(type(module))[_UPSTREAM]
 
 
 def is_rebound(module: nn.Module) -> bool:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from importlib import import_module
 
-_FILES = ("transformers", "kernels_hub", "deformable_detr", "mmcv", "detrex", "layouts")  # each has ROWS
+# Each has ROWS.
+_FILES = ("transformers", "kernels_hub", "transformers_vit", "deformable_detr", "mmcv", "detrex", "layouts")
 
 
 @dataclass(frozen=True)
