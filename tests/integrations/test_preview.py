@@ -91,7 +91,12 @@ def test_what_is_refused(tmp_path):
     refuse(folder, "is no checkpoint|cannot build")
     change_config(folder, model_type="no_such_model")
     refuse(folder, "no_such_model")
-    refuse(checkpoints.save_classifier(tmp_path / "classifier"), "nothing to patch in ViTForImageClassification")
+    refuse(checkpoints.save_yolos(tmp_path / "yolos"), "nothing to patch in YolosForObjectDetection")
+
+
+def test_a_vision_transformer(tmp_path):
+    report = would_patch(checkpoints.save_classifier(tmp_path))
+    assert set(report.kinds) == {"attention", "norm", "MLP"}
 
 
 def test_an_operator_that_is_not_known_is_one_line(tmp_path, monkeypatch):

@@ -130,8 +130,9 @@ def _mlp(self: nn.Module, input: Tensor, up: nn.Module, activation: nn.Module, d
     name = activation_name(activation)
     if name is None or not _apply(input, up, down):
         return _upstream(self, input)
-    hidden = linear(input, up.weight, up.bias, activation=name, precision=_precision())  # type: ignore[arg-type]
-    return linear(hidden, down.weight, down.bias, precision=_precision())  # type: ignore[arg-type]
+    precision = _precision(input)
+    hidden = linear(input, up.weight, up.bias, activation=name, precision=precision)  # type: ignore[arg-type]
+    return linear(hidden, down.weight, down.bias, precision=precision)  # type: ignore[arg-type]
 
 
 def gated_forward(self: Any, hidden_states: Tensor) -> Tensor:
@@ -139,7 +140,7 @@ def gated_forward(self: Any, hidden_states: Tensor) -> Tensor:
     name = activation_name(self.act_fn)
     if name is None or not _apply(hidden_states, self.gate_proj, self.up_proj, self.down_proj):
         return _upstream(self, hidden_states)
-    precision = _precision()
+    precision = _precision(hidden_states)
     gate = linear(hidden_states, self.gate_proj.weight, self.gate_proj.bias, activation=name, precision=precision)
     up = linear(hidden_states, self.up_proj.weight, self.up_proj.bias, precision=precision)
     return linear(gate.mul_(up), self.down_proj.weight, self.down_proj.bias, precision=precision)
@@ -149,8 +150,9 @@ def packed_forward(self: Any, hidden_states: Tensor) -> Tensor:
     """Stand in for a SwiGLU MLP of `weights_in`, gate and up in one, and `weights_out`."""
     if not _apply(hidden_states, self.weights_in, self.weights_out):
         return _upstream(self, hidden_states)
-    hidden = gated_linear(hidden_states, self.weights_in.weight, self.weights_in.bias, precision=_precision())
-    return linear(hidden, self.weights_out.weight, self.weights_out.bias, precision=_precision())
+    precision = _precision(hidden_states)
+    hidden = gated_linear(hidden_states, self.weights_in.weight, self.weights_in.bias, precision=precision)
+    return linear(hidden, self.weights_out.weight, self.weights_out.bias, precision=precision)
 
 
 MLPS: dict[frozenset[str], Callable[..., Tensor]] = {  # names of the children: what stands in for such an MLP
@@ -185,8 +187,14 @@ def _is_bare(module: nn.Module) -> bool:
     return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
-def _precision() -> str:
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+def _precision(input: Tensor) -> str:
+    """How this process has products of float32 made, for the operator."""
+    if input.dtype != torch.float32 or not input.is_cuda:
+        return "ieee"
+    settings = torch.backends.cuda.matmul
+    if torch.compiler.is_compiling() or not hasattr(settings, "fp32_precision"):  # which compiling cannot read
+        return "tf32" if settings.allow_tf32 else "ieee"
+    return "tf32" if settings.fp32_precision == "tf32" else "ieee"
 
 
 def _upstream(self: nn.Module, input: Tensor) -> Tensor:
