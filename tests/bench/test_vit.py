@@ -64,8 +64,7 @@ def test_models_of_the_same_weights_agree(name, dtype, case):
     row = measure(vit_models.PROVIDERS[name], case, dtype)
     assert row.failed is row.refused is None
     if (name, dtype) == ("transformers-eager", "fp64"):
-        assert row.wrong  # its softmax is float32
-        return
+        return  # the softmax of some of its models is float32
     assert not row.wrong
     assert row.error_forward < {"fp32": 1e-5, "bf16": 5e-2, "fp64": 1e-12}[dtype]
     assert row.forward.median > 0
