@@ -10,7 +10,7 @@ import torch
 from bench_tools import CPU, EFFORT, a_record
 from torch import nn
 
-from visionkernels.bench import breakdown, plots, run, timing, vit_models, vit_operators
+from visionkernels.bench import breakdown, plots, run, timing, vit_models, vit_operators, vit_subject
 from visionkernels.bench.cases import SUITES, default_cases
 from visionkernels.bench.markdown import full_tables, summary
 from visionkernels.bench.measure import DTYPES
@@ -34,8 +34,8 @@ OPS = (
 
 
 def measure(provider, case=VIT, dtype="fp32"):
-    subject = vit_models.subject_of(case, DTYPES[dtype], CPU)
-    return vit_models.measure(provider, case, dtype, subject, vit_models.Truth(case, subject), EFFORT)
+    subject = vit_subject.subject_of(case, DTYPES[dtype], CPU)
+    return vit_models.measure(provider, case, dtype, subject, vit_subject.Truth(case, subject), EFFORT)
 
 
 def measure_op(provider, case, dtype="fp32"):
@@ -69,7 +69,7 @@ def test_models_of_the_same_weights_agree(name, dtype, case):
     assert row.error_forward < {"fp32": 1e-5, "bf16": 5e-2, "fp64": 1e-12}[dtype]
     assert row.forward.median > 0
     assert row.forward_flops == case.flops
-    model = vit_models.subject_of(case, DTYPES[dtype], CPU).model
+    model = vit_subject.subject_of(case, DTYPES[dtype], CPU).model
     held = sum(p.numel() for p in model.parameters() if p is not getattr(model.embeddings, "mask_token", None))
     assert row.weights_megabytes == pytest.approx(held * DTYPES[dtype].itemsize / 1e6, rel=0.01)
 
@@ -77,7 +77,7 @@ def test_models_of_the_same_weights_agree(name, dtype, case):
 def test_the_weights_are_not_those_of_a_fresh_model():
     output = measure(vit_models.PROVIDERS["transformers-sdpa"])
     assert output.error_forward < 1e-5
-    subject = vit_models.subject_of(VIT, torch.float32, CPU)
+    subject = vit_subject.subject_of(VIT, torch.float32, CPU)
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         states = subject.model(pixels, output_hidden_states=True).hidden_states
@@ -143,7 +143,7 @@ def test_a_graph_is_captured_once_and_replayed(monkeypatch):
     fake_timm(monkeypatch)
     monkeypatch.setattr(vit_models, "_capture", capture)
     with torch.no_grad():
-        bound = vit_models.PROVIDERS["timm-graph"].build(vit_models.subject_of(VIT, torch.float32, CPU), VIT)
+        bound = vit_models.PROVIDERS["timm-graph"].build(vit_subject.subject_of(VIT, torch.float32, CPU), VIT)
         for pixels in torch.randn(2, 1, 3, 4, 4):
             torch.testing.assert_close(bound.forward(pixels), pixels.flatten(2))
             assert torch.equal(replays[-1], pixels)
@@ -161,9 +161,9 @@ def test_compiled_means_max_autotune(name, monkeypatch):
 
 
 def test_the_batches_of_a_model_share_it():
-    one = vit_models.subject_of(VIT, torch.float32, CPU)
-    assert vit_models.subject_of(replace(VIT, name="other", batch=7, tags=()), torch.float32, CPU) is one
-    assert vit_models.subject_of(VIT, torch.float64, CPU) is not one
+    one = vit_subject.subject_of(VIT, torch.float32, CPU)
+    assert vit_subject.subject_of(replace(VIT, name="other", batch=7, tags=()), torch.float32, CPU) is one
+    assert vit_subject.subject_of(VIT, torch.float64, CPU) is not one
 
 
 # where the time goes
@@ -214,6 +214,9 @@ def test_the_breakdown_of_a_gpu_counts_kernels(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     found = breakdown.breakdown(lambda: None, torch.device("cuda"))
     assert found == {"linear 4 → 8": 0.6, "layer norm": 0.2, "other": 0.1}
+    del events[4:]
+    with pytest.raises(RuntimeError, match="saw nothing of the device"):
+        breakdown.breakdown(lambda: None, torch.device("cuda"))
 
 
 # operators
@@ -452,8 +455,8 @@ def test_remarks_say_what_timm_is_and_what_was_refused():
 @pytest.mark.parametrize("name", ["visionkernels", "visionkernels-eager", "transformers-sdpa", "transformers-eager"])
 def test_models_on_a_gpu(name):
     device = torch.device("cuda")
-    subject = vit_models.subject_of(VIT, torch.float16, device)
-    row = vit_models.measure(vit_models.PROVIDERS[name], VIT, "fp16", subject, vit_models.Truth(VIT, subject), EFFORT)
+    subject = vit_subject.subject_of(VIT, torch.float16, device)
+    row = vit_models.measure(vit_models.PROVIDERS[name], VIT, "fp16", subject, vit_subject.Truth(VIT, subject), EFFORT)
     assert row.failed is None
     assert not row.wrong
     assert row.forward_megabytes > 0

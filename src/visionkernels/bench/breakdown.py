@@ -29,6 +29,9 @@ def breakdown(forward: Callable[[], object], device: torch.device) -> dict[str, 
     Returns:
         Milliseconds of a forward that the device works (on the CPU, that PyTorch's operators take), by kind of
         operator; linear layers by their sizes; ``"other"`` is what is no operator of this package's.
+
+    Raises:
+        RuntimeError: The profiler saw nothing of the device.
     """
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
@@ -48,6 +51,8 @@ def breakdown(forward: Callable[[], object], device: torch.device) -> dict[str, 
         if kind is not None:
             spent = event.device_time_total if on_gpu else event.cpu_time_total
             parts[kind] = parts.get(kind, 0.0) + spent
+    if not total or not parts:
+        raise RuntimeError("the profiler saw nothing of the device, or none of this package's operators")
     parts[OTHER] = max(0.0, total - sum(parts.values()))
     return {kind: round(spent / 1e3 / _FORWARDS, 6) for kind, spent in parts.items()}
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from visionkernels.bench import correctness, modules, terminal, timing, vit_models, vit_operators
+from visionkernels.bench import correctness, modules, terminal, timing, vit_models, vit_operators, vit_subject
 from visionkernels.bench.cases import SUITES, AnyCase, default_cases, draw
 from visionkernels.bench.environment import environment
 from visionkernels.bench.measure import DTYPES, DeviceLost, measure
@@ -198,8 +198,8 @@ def _rows(
 def _prepare(suite: str, case: Any, dtype: str, device: torch.device) -> Callable[[Any, timing.Effort], Row]:
     """The inputs of a case and what is right for them: a function that measures a provider on these."""
     if suite == "vit":
-        subject = vit_models.subject_of(case, DTYPES[dtype], device)
-        right = vit_models.Truth(case, subject)
+        subject = vit_subject.subject_of(case, DTYPES[dtype], device)
+        right = vit_subject.Truth(case, subject)
         return lambda provider, effort: vit_models.measure(provider, case, dtype, subject, right, effort)
     if suite == "vit-ops":
         tensors = vit_operators.draw(case, DTYPES[dtype], device)

@@ -187,5 +187,6 @@ class _Lines:
 
     def done(self, row: Row) -> None:
         if row.refused is None:
-            times = f"forward {stage_time(row, 'forward')}, with backward {stage_time(row, 'forward_backward')} ms"
-            print(f"{row.case} {row.dtype} {row.provider}: {times}", file=sys.stderr, flush=True)
+            both = stage_time(row, "forward_backward")
+            times = f"forward {stage_time(row, 'forward')}" + ("" if both == "-" else f", with backward {both}")
+            print(f"{row.case} {row.dtype} {row.provider}: {times} ms", file=sys.stderr, flush=True)

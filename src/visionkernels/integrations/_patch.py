@@ -3,26 +3,20 @@
 What is replaced is data: an `Integration` is one row, naming an upstream class, where its instances get the
 operator from, and the adapter that stands in for it there. Nothing here knows an upstream project, and none is
 imported: classes are recognised by the module and the name they were defined under.
-
-A patched module carries a patch in its instance `__dict__` that takes it back, and either the adapter, under the
-name that it hides, or another class. All are ordinary parts of an object, so `copy.deepcopy`, `pickle` and
-`torch.nn.DataParallel` carry the patch over to the copy, and a copy is reverted on its own.
 """
 
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Literal, Protocol
 
 from torch import nn
 
-from visionkernels.integrations._rebind import is_rebound, rebound_class
+from visionkernels.integrations._patches import AttributePatch, ClassPatch, Patch, find_patch
+from visionkernels.integrations._rebind import rebound_class
 from visionkernels.integrations._report import PatchReport, Replaced
-
-_MARK = "_visionkernels_patch"  # where a patched module keeps its patch
-
 
 Place = Literal["method", "attribute", "global"]
 
@@ -106,76 +100,6 @@ class Integration:
         return f"{self.class_name}.forward: {self.name}" if self.place == "global" else f"{self.class_name}.{self.name}"
 
 
-@dataclass
-class AttributePatch:
-    """An attribute set on one module instance, and what it hid.
-
-    Args:
-        attribute: name of the attribute.
-        replacement: the new value. If a function, a plain one: it is called without the module, so that copies and
-            replicas of the module need no rebinding.
-        hidden: the instance's own value before, under `attribute`; empty when there was none.
-    """
-
-    attribute: str
-    replacement: Any
-    hidden: dict[str, Any] = field(default_factory=dict)
-
-    def apply(self, module: nn.Module) -> None:
-        """Set the attribute on `module` and remember what it hid."""
-        state = module.__dict__
-        self.hidden = {self.attribute: state[self.attribute]} if self.attribute in state else {}
-        state[self.attribute] = self.replacement
-        state[_MARK] = self
-
-    def revert(self, module: nn.Module) -> None:
-        """Put `module` back to what it was before `apply`."""
-        state = module.__dict__
-        del state[_MARK]
-        if self.hidden:
-            state.update(self.hidden)
-        else:
-            del state[self.attribute]
-
-    def is_intact(self, module: nn.Module) -> bool:
-        """Whether nobody has replaced the attribute since."""
-        return module.__dict__.get(self.attribute) is self.replacement
-
-
-@dataclass
-class ClassPatch:
-    """A module instance moved to a class whose `forward` calls something else, and its class before.
-
-    Args:
-        name: the function that `forward` looked up, or "forward" where all of it is exchanged.
-        replacement: what it calls instead; or the whole `forward`, called with the module.
-        original: the instance's class before.
-    """
-
-    name: str
-    replacement: Callable[..., Any]
-    original: type
-    attribute: str = "forward"
-
-    def apply(self, module: nn.Module) -> None:
-        """Move `module` to the other class."""
-        module.__class__ = rebound_class(self.original, self.name, self.replacement)
-        module.__dict__[_MARK] = self
-
-    def revert(self, module: nn.Module) -> None:
-        """Move `module` back."""
-        module.__class__ = self.original
-        del module.__dict__[_MARK]
-        module.__dict__.pop("forward", None)  # of the class that it leaves
-
-    def is_intact(self, module: nn.Module) -> bool:
-        """Whether nobody has replaced the class or its `forward` since."""
-        return is_rebound(module)
-
-
-Patch = AttributePatch | ClassPatch
-
-
 class PatchRow(Protocol):
     """What patching asks of a row of a table; `Integration` says what each returns."""
 
@@ -191,12 +115,6 @@ class PatchRow(Protocol):
     def make_patch(self, module: nn.Module) -> Patch: ...
     def replaced(self, name: str, module: nn.Module) -> Replaced: ...
     def describe(self) -> str: ...
-
-
-def find_patch(module: nn.Module) -> Patch | None:
-    """Return the patch that a module carries, or None."""
-    patch: Patch | None = module.__dict__.get(_MARK)
-    return patch
 
 
 def apply_patches(model: nn.Module, table: Iterable[PatchRow]) -> tuple[PatchReport, list[nn.Module]]:

@@ -14,7 +14,8 @@ from typing import Any, Literal
 from torch import nn
 
 from visionkernels.integrations import _vit
-from visionkernels.integrations._patch import AttributePatch, ClassPatch, Patch, is_class, not_as_written
+from visionkernels.integrations._patch import is_class, not_as_written
+from visionkernels.integrations._patches import AttributePatch, ClassPatch, Patch
 from visionkernels.integrations._report import Replaced
 from visionkernels.integrations.table import Row
 
