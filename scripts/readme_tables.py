@@ -6,6 +6,7 @@
 import argparse
 import re
 import sys
+from itertools import groupby
 from pathlib import Path
 
 from visionkernels.bench import plots
@@ -42,19 +43,23 @@ def readme_section(records: list[Record]) -> str:
     parts = []
     for device, own in by_device(records).items():
         parts.append(f"### {device}")
-        for record in own:
-            parts.append(f"**{SUITES[record.suite]}**")
-            shown = [f"{record.stem}-{name}.png" for name in PICTURES.get(record.suite, ())]
-            parts += [f"![{name}](docs/benchmarks/{name})" for name in picture_names(record) if name in shown]
-            if record.suite not in WITHOUT_TABLE:
-                parts.append(summary(record))
-        marked = any(row.wrong for record in own for row in record.rows)
-        mark = f" {WRONG}: less exact than a right answer at this dtype." if marked else ""
-        files = ", ".join(f"[{record.stem}.json](benchmarks/results/{record.stem}.json)" for record in own)
-        methods = " ".join(dict.fromkeys(_sentence(method(record)) for record in own))
-        captions = " ".join(dict.fromkeys(f"{caption(record)}." for record in own))
-        parts.append(f"{methods}{mark} {captions} From {files}.")
+        for (how, conditions), group in groupby(own, lambda record: (method(record), caption(record))):
+            records_of_run = list(group)
+            for record in records_of_run:
+                parts += _suite(record)
+            marked = any(row.wrong for record in records_of_run for row in record.rows)
+            mark = f" {WRONG}: less exact than a right answer at this dtype." if marked else ""
+            files = ", ".join(f"[{r.stem}.json](benchmarks/results/{r.stem}.json)" for r in records_of_run)
+            parts.append(f"{_sentence(how)}{mark} {conditions}. From {files}.")
     return "\n\n".join(parts) or "No results are committed yet."
+
+
+def _suite(record: Record) -> list[str]:
+    """What the README shows of one record."""
+    shown = [f"{record.stem}-{name}.png" for name in PICTURES.get(record.suite, ())]
+    parts = [f"**{SUITES[record.suite]}**"]
+    parts += [f"![{name}](docs/benchmarks/{name})" for name in picture_names(record) if name in shown]
+    return parts if record.suite in WITHOUT_TABLE else [*parts, summary(record)]
 
 
 def docs_section(records: list[Record], pictures: Path, docs: Path) -> str:
