@@ -71,7 +71,8 @@ class Candidate:
             AssertionError,
         ) as error:  # also: a library for another torch, no GPU
             return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}"
-        if any(str(getattr(member, "__module__", "")).startswith("visionkernels.") for member in vars(module).values()):
+        members = list(vars(module).values())  # a module that loads its parts when they are looked at grows
+        if any(str(getattr(member, "__module__", "")).startswith("visionkernels.") for member in members):
             return f"{self.module} runs this package's own operators since it was installed over; take that back first"
         return None
 

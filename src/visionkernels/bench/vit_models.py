@@ -116,22 +116,23 @@ def _compiled(build: Callable[[Subject, ModelCase], Bound]) -> Callable[[Subject
     return compiled
 
 
+_MODELING = "transformers.models.vit.modeling_vit"
 _SDPA = partial(_transformers, attention="sdpa")
 _FINITE = "other weights, so that its output is only seen to be finite"
 _COMPILED = 'torch.compile(mode="max-autotune"), memory without that of its graphs'
 _PROVIDERS = (
-    ModelProvider("visionkernels", partial(_ours, cuda_graphs=True), ours=True, module="transformers"),
+    ModelProvider("visionkernels", partial(_ours, cuda_graphs=True), ours=True, module=_MODELING),
     ModelProvider(
-        "visionkernels-eager", partial(_ours, cuda_graphs=False), ours=True, profiled=True, module="transformers",
+        "visionkernels-eager", partial(_ours, cuda_graphs=False), ours=True, profiled=True, module=_MODELING,
         note="without CUDA graphs",
     ),
-    ModelProvider("transformers-sdpa", _SDPA, module="transformers", package="transformers"),
+    ModelProvider("transformers-sdpa", _SDPA, module=_MODELING, package="transformers"),
     ModelProvider(
-        "transformers-eager", partial(_transformers, attention="eager"), module="transformers", package="transformers",
+        "transformers-eager", partial(_transformers, attention="eager"), module=_MODELING, package="transformers",
         note="attn_implementation=\"eager\", scores in memory",
     ),
     ModelProvider(
-        "transformers-compile", _compiled(_SDPA), module="transformers", package="transformers", compiled=True,
+        "transformers-compile", _compiled(_SDPA), module=_MODELING, package="transformers", compiled=True,
         on_request=True, note=_COMPILED,
     ),
     ModelProvider("timm", _timm, module="timm", package="timm", note=_FINITE),
