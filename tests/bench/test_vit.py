@@ -2,6 +2,7 @@
 
 import io
 import math
+import sys
 import types
 from dataclasses import replace
 
@@ -112,7 +113,7 @@ def fake_timm(monkeypatch, scale=1.0):
         asked.append((name, options))
         return FakeTimm(scale)
 
-    monkeypatch.setitem(__import__("sys").modules, "timm", types.SimpleNamespace(create_model=create_model))
+    monkeypatch.setitem(sys.modules, "timm", types.SimpleNamespace(create_model=create_model))
     return asked
 
 
@@ -334,7 +335,8 @@ def test_bench_runs_both_suites(tiny, tmp_path, capsys):
 
 
 def test_without_transformers_the_models_are_not_measured_and_it_says_why(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    for name in ("transformers", vit_models.PROVIDERS["visionkernels"].module):
+        monkeypatch.setitem(sys.modules, name, None)
     chosen, absent = run._pick_providers(run.Options(), "vit")
     assert "ModuleNotFoundError" in absent["visionkernels"]
     assert "visionkernels" not in {provider.name for provider in chosen}
