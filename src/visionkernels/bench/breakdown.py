@@ -15,7 +15,11 @@ _KINDS = {
     "visionkernels::attention": "attention",
     "visionkernels::patch_embedding": "patch embedding",
 }
-_LINEAR = ("visionkernels::linear", "visionkernels::gated_linear")
+_LINEAR = {  # and what is done in the same step
+    "visionkernels::linear": "",
+    "visionkernels::gated_linear": "",
+    "visionkernels::linear_add_layer_norm": " + norm",
+}
 OTHER = "other"
 
 
@@ -63,5 +67,5 @@ def _kind(event: Any) -> str | None:
         return None
     if event.name in _LINEAR and len(event.input_shapes) > 1 and len(event.input_shapes[1]) == 2:
         rows, columns = event.input_shapes[1]
-        return f"linear {columns} → {rows}"
+        return f"linear {columns} → {rows}{_LINEAR[event.name]}"
     return _KINDS.get(event.name)
