@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -211,7 +212,8 @@ def test_streams_and_threads() -> None:
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             for i in range(20):
-                pixels = torch.randn(1 + (seed + i) % 3, 3, 32, 32, device="cuda")
+                # Not drawn on the GPU: PyTorch refuses that to every thread while one captures.
+                pixels = torch.randn(1 + (seed + i) % 3, 3, 32, 32).to("cuda")
                 got, wanted = vit(pixels), plain(pixels)
                 stream.synchronize()
                 same(got, wanted, 1e-5)
@@ -275,14 +277,18 @@ def test_memory_of_a_full_model(batch: int) -> None:
     """Beside its weights, ViT-B holds a tenth of them at batch 1; PyTorch's own workspace for matmuls is left out."""
     from visionkernels.models import ViTConfig
 
+    def requested(when: str) -> int:  # what the allocator is asked for; it rounds up
+        return torch.cuda.memory_stats()[f"requested_bytes.all.{when}"]
+
     torch.cuda.synchronize()
+    gc.collect()
     torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
+    before = requested("current")
     vit = ViT(ViTConfig("vit"), dtype=torch.float16, device="meta", backend="triton").to_empty(device="cuda")
     weights = sum(buffer.numel() * buffer.element_size() for buffer in vit.buffers())
-    assert torch.cuda.memory_allocated() - before <= 1.01 * weights
+    assert requested("current") - before <= 1.01 * weights
     torch.cuda.reset_peak_memory_stats()
-    vit(torch.randn(batch, 3, 224, 224, device="cuda", dtype=torch.float16))
+    vit(torch.zeros(batch, 3, 224, 224, device="cuda", dtype=torch.float16))
     torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
+    peak = requested("peak") - before
     assert peak <= (1.1 if batch == 1 else 1.5) * weights

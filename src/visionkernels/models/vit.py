@@ -34,7 +34,9 @@ class ViT(nn.Module):
     captured for each batch and image size, and replayed; results are copies, which no later call overwrites. A batch
     runs in a graph of up to a quarter more images if there is one, and else gets its own. Inside `torch.compile`,
     `torch.export` and a capture of the caller's, the operators run one by one; so they do with `cuda_graphs = False`
-    and while a layer has hooks. `torch.autocast` changes nothing: the model computes in the dtype of its weights.
+    and while a layer has hooks. While a graph is captured, in the first forward of its size, PyTorch refuses other
+    threads random numbers on that GPU. `torch.autocast` changes nothing: the model computes in the dtype of its
+    weights. Products of float32 are exact unless `precision` allows less.
 
     Args:
         config: The model's shape.

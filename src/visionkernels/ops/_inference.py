@@ -181,6 +181,45 @@ def on_device(device: torch.device) -> Any:
     return torch.cuda.device(device)
 
 
+def launch(kernel: Any, programs: int, arguments: Sequence[Any], options: dict[str, Any], device: torch.device) -> None:
+    """Launch a Triton kernel.
+
+    A launch that differs from an earlier one in addresses alone goes straight to the compiled kernel: Triton's own
+    look-up takes the host several times as long.
+
+    Args:
+        kernel: the kernel.
+        programs: how many programs run.
+        arguments: all of its arguments, constexprs too, in their order.
+        options: ``num_warps`` and so on.
+        device: where its tensors are.
+    """
+    grid = (programs, 1, 1)
+    key = (kernel, programs, device, *options.items(), *map(_what_is_compiled, arguments))
+    runner = _runners.get(key)
+    with on_device(device):
+        if runner is not None:
+            runner(*arguments)
+            return
+        compiled = kernel[grid](*arguments, **options)
+        if compiled is not None:  # the interpreter compiles nothing
+            if len(_runners) >= MAX_RUNNERS:
+                _runners.clear()
+            _runners[key] = compiled[grid]
+
+
+MAX_RUNNERS = 4096
+_runners: dict[tuple[Any, ...], Callable[..., None]] = {}
+
+
+def _what_is_compiled(argument: Any) -> Any:
+    """What Triton compiles a kernel for: of a tensor its dtype and alignment, of a descriptor its dtype and block."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16
+    block = getattr(argument, "block_shape", None)
+    return argument if block is None else (argument.base.dtype, *block)
+
+
 class Device(NamedTuple):
     """What a launch rule asks of a device."""
 

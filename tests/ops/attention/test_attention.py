@@ -211,7 +211,7 @@ def test_huge_scores(backend, dtype):
 
 def test_scores_far_below_zero(backend):
     """No block of keys may take the first peak for 0."""
-    if backend.backend == "pytorch" and backend.device.type == "cuda":
+    if backend.backend == "pytorch" and backend.device == "cuda":
         pytest.skip("PyTorch's kernel loses twice of what its separate operators do")
     query, key, value = make(1, 197, 2, 32)
     query, key = query.abs() * 100, -key.abs() * 100

@@ -11,9 +11,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from visionkernels.ops._inference import INTERPRET
+from visionkernels.ops._inference import INTERPRET, launch
 from visionkernels.ops.attention import kernels
-from visionkernels.ops.deformable_attention.plan import on_device
 
 MAX_INT32 = 2**31 - 1
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -47,8 +46,15 @@ def pays(query: Tensor, key: Tensor, value: Tensor, scale: float, *options: Any)
         return False
     batch, tokens, heads, head_dim = query.shape
     plain = query.element_size() == 2 and head_dim == 64 and not any(option is not None for option in options[:3])
-    large = batch * tokens * heads >= (200_000 if tokens <= 512 else 60_000)
-    return not (plain and large and options[4] is None and _is_hopper(query.device))
+    return not (plain and options[4] is None and _is_hopper(query.device) and _is_cudnn_s(tokens, batch * heads))
+
+
+def _is_cudnn_s(tokens: int, groups: int) -> bool:
+    """Whether cuDNN is faster on compute capability 9.0, as measured: whole blocks of tokens, and long rows."""
+    if tokens >= 1024:
+        return tokens * groups >= 16_000
+    whole = tokens > 64 and tokens % 64 == 0
+    return tokens * groups >= (60_000 if whole or tokens > 512 else 200_000)
 
 
 def choose_tile(num_tokens: int, groups: int, head_dim: int, itemsize: int, busy: bool, hopper: bool) -> Tile:
@@ -143,8 +149,7 @@ def forward(
     options: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     if tile.dependent:
         options["launch_pdl"] = True
-    with on_device(query.device):
-        kernels._attention_kernel[(math.ceil(attending / tile.block_m) * groups,)](*arguments, **options)
+    launch(kernels._attention_kernel, math.ceil(attending / tile.block_m) * groups, arguments, options, query.device)
     return output
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from visionkernels.ops._inference import Device, device_of, on_device, rows_of
+from visionkernels.ops._inference import Device, device_of, launch, rows_of
 from visionkernels.ops.layer_norm import cpu, kernels
 
 MAX_CHANNELS = 32768  # a row lies in the registers of 32 warps
@@ -120,12 +120,12 @@ def _launch(
     options: dict[str, Any] = {"num_warps": tile.num_warps}
     if tile.early:
         options["launch_pdl"] = True
-    grid = (triton.cdiv(rows.shape[0], tile.rows * tile.loop),)
-    with on_device(input.device):
-        kernels._layer_norm_kernel[grid](
-            output, total, rows, residual_rows, weight, bias, scale, input_bias,
-            rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), rows.shape[0],
-            channels, eps, parts, tl.float64 if input.dtype == torch.float64 else tl.float32,
-            tile.rows, tile.loop, triton.next_power_of_2(channels), tile.early,
-            **options,
-        )  # fmt: skip
+    arguments = (
+        output, total, rows, residual_rows, weight, bias, scale, input_bias,
+        rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), rows.shape[0],
+        channels, eps, parts, tl.float64 if input.dtype == torch.float64 else tl.float32,
+        tile.rows, tile.loop, triton.next_power_of_2(channels), tile.early,
+    )  # fmt: skip
+    launch(
+        kernels._layer_norm_kernel, triton.cdiv(rows.shape[0], tile.rows * tile.loop), arguments, options, input.device
+    )

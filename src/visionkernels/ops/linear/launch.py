@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from visionkernels.ops._inference import INTERPRET, device_of, on_device, rows_of
+from visionkernels.ops._inference import INTERPRET, device_of, launch, rows_of
 from visionkernels.ops.linear import cpu, kernels
 from visionkernels.ops.linear.tiles import Tile, tile_of
 
@@ -30,8 +31,9 @@ def linear(
     tile: Tile | None = None,
 ) -> Tensor:
     """Launch a kernel, or PyTorch's where that is faster; ``tile`` overrules ``tile_of``."""
-    # PyTorch adds a residual in a pass of its own, which costs little beside a long sum over K.
-    adds = (residual is not None or scale is not None) and input.shape[-1] <= 2048
+    # PyTorch adds a residual in a pass of its own, which costs little beside cuBLAS but for few rows and for very many.
+    rows, inner = prod(input.shape[:-1]), input.shape[-1]
+    adds = (residual is not None or scale is not None) and (rows >= 40_000 or (rows <= 512 and inner <= 2048))
     if backend == "auto" and not pays(input, precision, fused=activation is not None or adds):
         return cpu.linear(input, weight, bias, activation, residual, scale, precision)
     output = input.new_empty(*input.shape[:-1], weight.shape[0])
@@ -98,12 +100,11 @@ def _launch(
             rows.shape[0], columns.shape[1], device_of(input.device),
             kind=kind(input, precision), gated=gated, tma=all(map(tma_reads, matrices)),
         )  # fmt: skip
-    launch = _launch_tma if tile.tma else _launch_pointers
+    run = _launch_tma if tile.tma else _launch_pointers
     options: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     if tile.early:
         options["launch_pdl"] = True
-    with on_device(input.device):
-        launch(columns, rows, weight, bias, activation, residual, scale, precision, gated, tile, options)
+    run(columns, rows, weight, bias, activation, residual, scale, precision, gated, tile, options)
 
 
 def tma_reads(matrix: Tensor) -> bool:
@@ -131,16 +132,16 @@ def _launch_pointers(
     block_k = _block_k(tile, rows)
     # The interpreter multiplies no bfloat16; products of halves are exact in float32 either way.
     factor = tl.float32 if INTERPRET and rows.element_size() == 2 else _TYPES[rows.dtype]
-    grid = (triton.cdiv(num_rows, tile.block_m) * triton.cdiv(num_columns, tile.block_n),)
-    kernels._linear_kernel[grid](
+    programs = triton.cdiv(num_rows, tile.block_m) * triton.cdiv(num_columns, tile.block_n)
+    arguments = (
         output, rows, weight, bias, residual, scale,
         rows.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0),
         num_rows, num_columns, num_inner,
         activation, gated, precision, tl.float64 if rows.dtype == torch.float64 else tl.float32, factor,
         num_inner % block_k == 0, rows.element_size() == 2, tile.block_m, tile.block_n, block_k, tile.group_m,
         tile.early, 128 // rows.element_size(),
-        **options,
     )  # fmt: skip
+    launch(kernels._linear_kernel, programs, arguments, options, rows.device)
 
 
 def _launch_tma(
@@ -160,16 +161,16 @@ def _launch_tma(
     block_k = _block_k(tile, rows)
     block = [tile.block_m, tile.block_n // tile.parts]
     tiles = triton.cdiv(num_rows, tile.block_m) * triton.cdiv(num_columns, tile.block_n)
-    grid = (min(tiles, device_of(rows.device).multiprocessors * tile.programs),)
-    kernels._linear_tma_kernel[grid](
+    programs = min(tiles, device_of(rows.device).multiprocessors * tile.programs)
+    arguments = (
         descriptor(output, block), descriptor(rows, [tile.block_m, block_k]),
         descriptor(weight, [tile.block_n, block_k]), bias,
         None if residual is None else descriptor(residual, block), scale,
         num_rows, num_columns, num_inner,
         activation, gated, precision, rows.element_size() == 2, tile.block_m, tile.block_n, block_k, tile.group_m,
         tile.parts, tile.flatten, tile.warp_specialize, tile.early,
-        **options,
     )  # fmt: skip
+    launch(kernels._linear_tma_kernel, programs, arguments, options, rows.device)
 
 
 _TYPES = {

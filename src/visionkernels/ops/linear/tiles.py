@@ -36,7 +36,7 @@ HOPPER = (
     # The fewest reads a multiply-add; the next tile's reads begin before this one is finished.
     Tile(128, 256, 64, 8, 3, rate=1.0, tma=True, parts=2, group_m=16),
     # Three programs a multiprocessor: others multiply while one finishes its tile.
-    Tile(128, 128, 64, 4, 2, rate=0.93, tma=True, parts=4, programs=3, early=True),
+    Tile(128, 128, 64, 4, 2, rate=0.85, tma=True, parts=4, programs=3, early=True),
     # For a few hundred rows: every multiprocessor has a tile, and launches overlap.
     Tile(128, 64, 64, 8, 5, rate=0.7, tma=True, flatten=False, early=True),
     Tile(64, 64, 128, 4, 4, rate=0.55, tma=True, flatten=False, early=True),

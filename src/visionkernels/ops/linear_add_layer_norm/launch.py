@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from visionkernels.ops._inference import Device, device_of, on_device, rows_of
+from visionkernels.ops._inference import Device, device_of, launch, rows_of
 from visionkernels.ops.layer_norm import launch as norm_launch
 from visionkernels.ops.linear import kernels
 from visionkernels.ops.linear import launch as linear_launch
@@ -80,12 +80,13 @@ def _multiply(rows: Tensor, weight: Tensor, split: Split) -> Tensor:
         raise ValueError(f"{num_inner} channels are not {split.parts} times a multiple of {split.block_k}")
     parts = rows.new_empty(split.parts, num_rows, num_columns, dtype=torch.float32)
     tiles = triton.cdiv(num_rows, split.block_m) * triton.cdiv(num_columns, split.block_n)
-    options = {"launch_pdl": True} if split.early else {}
-    with on_device(rows.device):
-        kernels._linear_parts_kernel[(tiles * split.parts,)](
-            parts, linear_launch.descriptor(rows, [split.block_m, split.block_k]),
-            linear_launch.descriptor(weight, [split.block_n, split.block_k]),
-            num_rows, num_columns, num_inner, split.parts, split.block_m, split.block_n, split.block_k, split.early,
-            num_warps=split.num_warps, num_stages=split.num_stages, **options,
-        )  # fmt: skip
+    arguments = (
+        parts, linear_launch.descriptor(rows, [split.block_m, split.block_k]),
+        linear_launch.descriptor(weight, [split.block_n, split.block_k]),
+        num_rows, num_columns, num_inner, split.parts, split.block_m, split.block_n, split.block_k, split.early,
+    )  # fmt: skip
+    options: dict[str, Any] = {"num_warps": split.num_warps, "num_stages": split.num_stages}
+    if split.early:
+        options["launch_pdl"] = True
+    launch(kernels._linear_parts_kernel, tiles * split.parts, arguments, options, rows.device)
     return parts

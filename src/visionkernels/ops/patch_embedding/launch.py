@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from visionkernels.ops._inference import INTERPRET, device_of
-from visionkernels.ops.deformable_attention.plan import on_device
+from visionkernels.ops._inference import INTERPRET, device_of, launch
 from visionkernels.ops.patch_embedding import kernels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -85,7 +84,7 @@ def forward(
     if tile is None:
         hopper = device_of(weight.device).launches_early
         tile = choose_tile(batch * num_tokens, channels, weight.element_size(), pixels.element_size(), hopper)
-    grid = (math.ceil(batch * num_tokens / tile.block_r) * math.ceil(channels / tile.block_c),)
+    programs = math.ceil(batch * num_tokens / tile.block_r) * math.ceil(channels / tile.block_c)
     run = 3 * size if channels_last else size
     arguments = (
         pixels, weight, bias, position_embedding, prefix_tokens, output, *strides,
@@ -98,8 +97,7 @@ def forward(
     options: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     if tile.dependent:
         options["launch_pdl"] = True
-    with on_device(weight.device):
-        kernels._patch_embedding_kernel[grid](*arguments, **options)
+    launch(kernels._patch_embedding_kernel, programs, arguments, options, weight.device)
     return output
 
 
