@@ -1,0 +1,100 @@
+"""Keep sizes open where a model's own code would fix them to the numbers of the example.
+
+Four things in the models of transformers do so without need: `len(tensor)` and `torch_int(size)`, which make Python
+numbers, and `torch.as_tensor` and `torch.linspace`, which take numbers alone. For the time of a trace each has a form that
+takes a symbol. A fifth, `torch_compilable_check` of a tensor, becomes an assertion that no ONNX operator expresses; the
+sizes it asks about are checked by this package's operators as well.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_SYMBOLS = (torch.SymInt, torch.SymFloat)
+
+
+class Tracing(TorchFunctionMode):
+    """Inside it `torch.tensor`, `torch.as_tensor` and `torch.linspace` take symbols.
+
+    Args:
+        lowered: what to call in place of an operator, if it is not to become a node.
+    """
+
+    def __init__(self, lowered: Mapping[Any, Callable[..., Any]]) -> None:
+        super().__init__()
+        self._lowered = lowered
+        self.calls: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call `func`, or the form of it that takes symbols."""
+        kwargs = kwargs or {}
+        if func in self._lowered:
+            self.calls.append(str(func))
+            return self._lowered[func](*args, **kwargs)
+        if func in (torch.tensor, torch.as_tensor) and args and _holds_symbol(args[0]):
+            return _tensor_of(args[0], kwargs.get("dtype") or torch.int64, kwargs.get("device"))
+        if func is torch.linspace and _holds_symbol([*args, *kwargs.values()]):
+            return _linspace(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def open_names(module: nn.Module) -> Iterator[None]:
+    """Put the other forms of these functions into the modeling files of transformers that `module` is made of."""
+    names = {type(part).__module__ for part in module.modules()}
+    with ExitStack() as stack:
+        for name in sorted(names):
+            if not name.startswith("transformers.models."):
+                continue
+            scope = vars(sys.modules[name])
+            for own, replacement in (("len", _len), ("torch_int", _torch_int), ("torch_compilable_check", _check)):
+                if own == "len" or own in scope:
+                    stack.callback(_restore, scope, own, scope.get(own))
+                    scope[own] = replacement
+        yield
+
+
+def _restore(scope: dict[str, Any], name: str, value: Any) -> None:
+    if value is None:
+        del scope[name]
+    else:
+        scope[name] = value
+
+
+def _len(sized: Any) -> Any:
+    return sized.shape[0] if isinstance(sized, Tensor) and sized.dim() else len(sized)
+
+
+def _torch_int(size: Any) -> Any:
+    return size if isinstance(size, torch.SymInt) else int(size)
+
+
+def _check(condition: Any, message: Any, error: type[Exception] = ValueError) -> None:
+    if isinstance(condition, bool) and not condition:
+        raise error(message() if callable(message) else message)
+
+
+def _holds_symbol(data: Any) -> bool:
+    if isinstance(data, (list, tuple)):
+        return any(_holds_symbol(item) for item in data)
+    return isinstance(data, _SYMBOLS)
+
+
+def _tensor_of(data: Any, dtype: torch.dtype, device: Any) -> Tensor:
+    if isinstance(data, (list, tuple)):
+        return torch.stack([_tensor_of(item, dtype, device) for item in data])
+    return torch.full((), data, dtype=dtype, device=device)
+
+
+def _linspace(start: Any, end: Any, steps: Any, *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
+    dtype = dtype or torch.get_default_dtype()
+    count = torch.full((), steps, dtype=dtype, device=device)
+    length = torch.full((), end, dtype=dtype, device=device) - start
+    return torch.arange(steps, device=device).to(dtype) * (length / (count - 1).clamp(min=1)) + start

@@ -1,0 +1,96 @@
+"""Run an exported artefact beside PyTorch and say how far they are apart."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from visionkernels.export._subject import Subject
+
+TOLERANCE = 1e-5  # relative to the largest entry of an output, in float32
+ROUNDING = 2.0**-10  # of a float16
+
+Run = Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One output of one input.
+
+    Attributes:
+        inputs: Which input.
+        output: The name of the output.
+        error: The largest difference, relative to the largest entry of PyTorch's.
+        allowed: What it may be.
+    """
+
+    inputs: str
+    output: str
+    error: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the artefact agrees."""
+        return self.error <= self.allowed  # NaN does not
+
+
+def compare(subject: Subject, run: Run, labels: Sequence[str] = ()) -> list[Comparison]:
+    """Compare an artefact with PyTorch on random inputs, with open sizes that it was not made with, and on a sample.
+
+    In float32 they may differ by 1e-5 of an output's largest entry. In float16 the truth is the same model in float32,
+    and the artefact may be wrong by twice what PyTorch's own float16 is, plus one rounding.
+
+    Args:
+        subject: what was exported.
+        run: from inputs to the artefact's outputs.
+        labels: the sizes that stayed open.
+    """
+    found = []
+    wide = _in_float32(subject.module) if _is_half(subject.module) else None
+    for name, inputs in subject.variants(labels).items():
+        with torch.no_grad():
+            expected = _outputs(subject.module(**inputs))
+            truth = expected
+            if wide is not None:
+                truth = _outputs(wide(**{k: t.float() if t.is_floating_point() else t for k, t in inputs.items()}))
+        got = run(inputs)
+        for output, one, stock, true in zip(subject.outputs, got, expected, truth, strict=True):
+            allowed = TOLERANCE if wide is None else 2 * relative(stock, true) + ROUNDING
+            found.append(Comparison(name, output, relative(one, true), allowed))
+    return found
+
+
+def relative(got: Tensor, truth: Tensor) -> float:
+    """The largest difference relative to the largest entry, infinite where shapes, or what is not finite, differ.
+
+    Entries of 1e3 and more are the fillings of masked places, and infinities as large as the dtype allows: they count
+    as one value.
+    """
+    if got.shape != truth.shape:
+        return float("inf")
+    got, truth = got.detach().cpu().double(), truth.detach().cpu().double()
+    if not truth.numel():
+        return 0.0
+    filled = truth.abs() >= 1e3
+    if not torch.equal(filled, ~(got.abs() < 1e3)):
+        return float("inf")
+    if filled.all():
+        return 0.0
+    return ((got - truth)[~filled].abs().max() / truth[~filled].abs().max().clamp(min=1e-30)).item()
+
+
+def _outputs(found: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return (found,) if isinstance(found, Tensor) else tuple(found)
+
+
+def _is_half(module: nn.Module) -> bool:
+    return any(parameter.dtype == torch.float16 for parameter in module.parameters())
+
+
+def _in_float32(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module).float()
