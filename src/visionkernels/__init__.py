@@ -19,6 +19,7 @@ from visionkernels.ops.linear_add_layer_norm import op as _linear_add_layer_norm
 from visionkernels.ops.patch_embedding import op as _patch_embedding  # noqa: F401
 
 if TYPE_CHECKING:
+    from visionkernels import export
     from visionkernels.detection import detect
     from visionkernels.embedding import classify, embed
     from visionkernels.integrations import PatchReport, patch, patched, unpatch
@@ -37,6 +38,7 @@ __all__ = [
     "classify",
     "detect",
     "embed",
+    "export",
     "fused_ms_deform_attn",
     "install_extension",
     "ms_deform_attn",
@@ -64,6 +66,8 @@ _MODULE_OF = {
 
 
 def __getattr__(name: str) -> object:
+    if name == "export":
+        return import_module("visionkernels.export")
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_MODULE_OF[name]), name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,11 @@ class Subject:
     sizes: dict[str, dict[str, int]]
     unit: dict[str, int] = field(default_factory=dict)
     sample: dict[str, Tensor] | None = None
+
+    def half(self) -> Subject:
+        """The same in float16."""
+        inputs = {name: t.half() if t.is_floating_point() else t for name, t in self.inputs.items()}
+        return replace(self, module=self.module.half(), inputs=inputs)
 
     def axes(self, labels: Sequence[str]) -> Axes:
         """The open axes of each input.

@@ -1,1 +1,88 @@
-"""AOTInductor."""
+"""AOTInductor: a `.pt2` package of compiled code, for Python and for C++ without Python.
+
+A package holds the code for one kind of device. With the operators lowered to PyTorch's own, which is the default, it needs
+nothing of this package where it runs. With `keep_operators` it calls this package's operators: on a GPU its Triton kernels,
+which the process that loads it must have registered by `import visionkernels`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visionkernels._checkpoint import one_line
+from visionkernels.errors import UserError
+from visionkernels.export import _standard, _trace
+from visionkernels.export.onnx import Exported
+
+
+def export(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    path: str | Path,
+    *,
+    dynamic: _trace.Axes | None = None,
+    outputs: Sequence[str] | None = None,
+    keep_operators: bool = False,
+) -> Exported:
+    """Compile a module into a package, for the device that its inputs are on.
+
+    On a CPU this needs a C++ compiler.
+
+    Args:
+        model: a module in evaluation mode, whose `forward` takes the inputs by name.
+        inputs: an example of each input; a size that is to stay open is at least 2 in it, and no two of them alike.
+        path: the file; it must end in `.pt2`.
+        dynamic: the sizes that stay open: input name, axis, and a name for the size.
+        outputs: a name for each output, for the report: a package returns them in their order.
+        keep_operators: leave this package's operators in the package instead of lowering them: faster, and whoever
+            loads it must `import visionkernels` first. A C++ program cannot.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: the path or a size cannot be had, or the model cannot be compiled.
+
+    Example:
+        >>> export(model, inputs, "detector.pt2", dynamic={"pixel_values": {0: "batch"}})  # doctest: +SKIP
+    """
+    if Path(path).suffix != ".pt2":
+        raise UserError(f"output: an AOTInductor package must end in .pt2, and it is {path}")
+    start = time.perf_counter()
+    traced = _trace.trace(model, inputs, dynamic, None if keep_operators else _standard.lowered())
+    try:
+        torch._inductor.aoti_compile_and_package(traced.program, package_path=str(Path(path).absolute()))
+    except Exception as error:  # noqa: BLE001  (any pass of the compiler can raise anything; it is passed on)
+        raise UserError(f"model: AOTInductor cannot compile it: {one_line(error)}") from error
+    detail = "import visionkernels before loading it" if keep_operators else "needs nothing but PyTorch"
+    return Exported(
+        Path(path), "aoti", len(traced.calls), _trace.shapes(inputs, dynamic), tuple(outputs or ()),
+        time.perf_counter() - start, f"{next(iter(inputs.values())).device.type} code, {detail}",
+    )  # fmt: skip
+
+
+def load(path: str | Path) -> Any:
+    """A function from inputs to a list of outputs that runs a package in this process.
+
+    Args:
+        path: a file that `export` wrote.
+
+    Raises:
+        UserError: the file is no package for this machine.
+    """
+    try:
+        package = torch._inductor.aoti_load_package(str(path))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"package: {path} cannot be loaded: {one_line(error)}") from error
+
+    def call(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        found = package(inputs=dict(inputs))
+        return [found] if isinstance(found, Tensor) else list(found)
+
+    return call
