@@ -146,11 +146,15 @@ def plugin_numpy(
     return output.astype(value.dtype)
 
 
-def reference_operator() -> Any:
-    """The node as an operator of `onnx.reference`: a class for `ReferenceEvaluator(model, new_ops=[...])`."""
+def reference_operators() -> list[Any]:
+    """Operators for `onnx.reference.ReferenceEvaluator(model, new_ops=...)`: the plugin's node, and GatherElements.
+
+    onnx's own GatherElements ends at 64 rows.
+    """
+    import numpy as np
     from onnx.reference.op_run import OpRun
 
-    def _run(self: Any, *inputs: Any, plugin_version: Any = None, plugin_namespace: Any = None) -> tuple[Any]:
+    def run_plugin(self: Any, *inputs: Any, plugin_version: Any = None, plugin_namespace: Any = None) -> tuple[Any]:
         value, shapes, start, locations, weights = inputs
         if not (shapes.dtype == start.dtype == "int32" and value.dtype == locations.dtype == weights.dtype):
             raise TypeError(f"{OP_TYPE}: {[str(one.dtype) for one in inputs]} are not the dtypes that it takes")
@@ -158,4 +162,10 @@ def reference_operator() -> Any:
             raise ValueError(f"{OP_TYPE}: there is no version {plugin_version!r}")
         return (plugin_numpy(value, shapes, start, locations, weights),)
 
-    return type(OP_TYPE, (OpRun,), {"op_domain": DOMAIN, "_run": _run})
+    def run_gather(self: Any, data: Any, indices: Any, axis: int | None = None) -> tuple[Any]:
+        return (np.take_along_axis(data, indices, axis or 0),)
+
+    return [
+        type(OP_TYPE, (OpRun,), {"op_domain": DOMAIN, "_run": run_plugin}),
+        type("GatherElements", (OpRun,), {"op_domain": "", "_run": run_gather}),
+    ]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from visionkernels._checkpoint import one_line
 from visionkernels.export._subject import Subject
 
 TOLERANCE = 1e-5  # relative to the largest entry of an output, in float32
@@ -26,12 +27,14 @@ class Comparison:
         output: The name of the output.
         error: The largest difference, relative to the largest entry of PyTorch's.
         allowed: What it may be.
+        failure: What the runtime said where it gave no result.
     """
 
     inputs: str
     output: str
     error: float
     allowed: float
+    failure: str = ""
 
     @property
     def ok(self) -> bool:
@@ -58,7 +61,11 @@ def compare(subject: Subject, run: Run, labels: Sequence[str] = ()) -> list[Comp
             truth = expected
             if wide is not None:
                 truth = _outputs(wide(**{k: t.float() if t.is_floating_point() else t for k, t in inputs.items()}))
-        got = run(inputs)
+        try:
+            got = run(inputs)
+        except RuntimeError as error:  # of the runtime; it is part of the result
+            found += [Comparison(name, output, float("inf"), TOLERANCE, one_line(error)) for output in subject.outputs]
+            continue
         for output, one, stock, true in zip(subject.outputs, got, expected, truth, strict=True):
             allowed = TOLERANCE if wide is None else 2 * relative(stock, true) + ROUNDING
             found.append(Comparison(name, output, relative(one, true), allowed))

@@ -46,7 +46,7 @@ def run(options: Options) -> int:
     """
     require("rich")
     _check_options(options)
-    _be_quiet()
+    be_quiet()
     with _spinner("loading the model"):
         subject = find_subject(options)
     with _spinner("exporting"):
@@ -128,11 +128,17 @@ def _print_check(found: Sequence[Comparison]) -> None:
     for one in found:
         table.add_row(one.inputs, one.output, f"{one.error:.1e}", f"{one.allowed:.1e}", "ok" if one.ok else "WRONG")
     Console(highlight=False).print(table)
+    for failure in dict.fromkeys(one.failure for one in found if one.failure):
+        print(failure)
 
 
-def _be_quiet() -> None:
+def be_quiet() -> None:
     """Leave stderr to the spinner and to errors: exporters warn of what a user can do nothing about."""
+    from visionkernels._detect_report import _silence_transformers
+
+    _silence_transformers()
     logging.getLogger("torch").setLevel(logging.ERROR)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     for module in ("torch", "onnxscript", "onnx_ir", "transformers", "copyreg"):
         warnings.filterwarnings("ignore", module=module)

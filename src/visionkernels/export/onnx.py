@@ -108,7 +108,14 @@ def load(path: str | Path, providers: Sequence[str] = ("CPUExecutionProvider",))
     """A function from inputs to outputs that runs a file in onnxruntime; arguments as those of `run`."""
     require("onnxruntime")
     import onnxruntime
-    from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph, NoSuchFile, NotImplemented
+    from onnxruntime.capi.onnxruntime_pybind11_state import (
+        Fail,
+        InvalidArgument,
+        InvalidGraph,
+        NoSuchFile,
+        NotImplemented,
+        RuntimeException,
+    )
 
     try:
         session = onnxruntime.InferenceSession(str(path), providers=list(providers))
@@ -118,7 +125,10 @@ def load(path: str | Path, providers: Sequence[str] = ("CPUExecutionProvider",))
 
     def call(inputs: Mapping[str, Tensor]) -> list[Tensor]:
         feeds = {name: inputs[name].detach().cpu().numpy() for name in names}
-        return [torch.from_numpy(array) for array in session.run(None, feeds)]
+        try:
+            return [torch.from_numpy(array) for array in session.run(None, feeds)]
+        except (Fail, InvalidArgument, NotImplemented, RuntimeException) as error:
+            raise RuntimeError(f"onnxruntime cannot run {path}: {one_line(error)}") from error
 
     return call
 

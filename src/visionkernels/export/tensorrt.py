@@ -90,7 +90,7 @@ def evaluate(path: str | Path) -> Any:
     import onnx
     from onnx.reference import ReferenceEvaluator
 
-    evaluator = ReferenceEvaluator(onnx.load(str(path)), new_ops=[_plugin_rules.reference_operator()])
+    evaluator = ReferenceEvaluator(onnx.load(str(path)), new_ops=_plugin_rules.reference_operators())
 
     def call(inputs: Mapping[str, Tensor]) -> list[Tensor]:
         feeds = {name: inputs[name].detach().cpu().numpy() for name in evaluator.input_names}
