@@ -77,7 +77,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def violations(model: Any) -> list[str]:
-    """The rules that a graph breaks, with the node; empty where all hold.
+    """The rule that each node of the plugin breaks first, and its source; empty where all hold.
 
     Args:
         model: an `onnx.ModelProto` with the shapes of its values.
@@ -100,7 +100,10 @@ def violations(model: Any) -> list[str]:
             continue
         attributes = {one.name: onnx.helper.get_attribute_value(one).decode() for one in node.attribute}
         inputs, output = [declared[name] for name in node.input], declared[node.output[0]]
-        found += [f"{node.name}: {rule.text}" for rule in RULES if not rule.holds(inputs, output, attributes)]
+        # The first alone: a rule may rely on those before it.
+        broken = next((rule for rule in RULES if not rule.holds(inputs, output, attributes)), None)
+        if broken is not None:
+            found.append(f"{node.name}: {broken.text} ({broken.source})")
     return found
 
 

@@ -73,6 +73,19 @@ def symbols(program: ExportedProgram, dynamic: Axes | None) -> dict[str, str]:
     return found
 
 
+def limits(program: ExportedProgram, dynamic: Axes | None) -> str:
+    """Where the model's code limits an open size, in words: ", height from 33", or nothing."""
+    found = {}
+    for name, axes in (dynamic or {}).items():
+        for axis, label in axes.items():
+            bounds = program.range_constraints.get(_shape_of(program, name)[axis].node.expr)
+            if bounds is not None:
+                least = f" from {bounds.lower}" if bounds.lower > 2 else ""
+                most = f" to {bounds.upper}" if bounds.upper.is_Integer and bounds.upper < 2**31 else ""
+                found[label] = f", {label}{least}{most}" if least or most else ""
+    return "".join(found.values())
+
+
 def operators(program: ExportedProgram) -> list[str]:
     """The operators of this package in a program, in its order."""
     names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
@@ -122,22 +135,26 @@ def _shape_of(program: ExportedProgram, name: str) -> Sequence[Any]:
 
 def _check_open(program: ExportedProgram, dynamic: Axes) -> None:
     """No open size may be fixed: neither itself nor by what the model's code asked of something made of it."""
-    for name, axes in dynamic.items():
-        for axis, label in axes.items():
-            size = _shape_of(program, name)[axis]
-            fixed = size if isinstance(size, int) else _fixed_by(size)
-            if fixed is not None:
-                raise UserError(
-                    f"dynamic: {label} of {name} cannot stay open, the model's code fixes it ({fixed}); "
-                    f"leave {label} out of --dynamic"
-                )
+    found = [(name, label, _shape_of(program, name)[axis]) for name, axes in dynamic.items() for axis, label in axes.items()]
+    found = [(name, label, int(size) if _is_number(size) else size) for name, label, size in found]
+    hints = {size.node.expr: size.node.hint for _, _, size in found if not isinstance(size, int)}
+    for name, label, size in found:
+        fixed = size if isinstance(size, int) else _fixed_by(size, hints)
+        if fixed is not None:
+            raise UserError(
+                f"dynamic: {label} of {name} cannot stay open, the model's code fixes it ({fixed}); "
+                f"leave {label} out of --dynamic"
+            )
 
 
-def _fixed_by(size: torch.SymInt) -> str | None:
-    """The condition, if there is one, that something made of a size is one number."""
-    symbol = size.node.expr
+def _is_number(size: int | torch.SymInt) -> bool:
+    return isinstance(size, int) or size.node.expr.is_number
+
+
+def _fixed_by(size: torch.SymInt, hints: Mapping[Any, int]) -> str | None:
+    """The condition, if there is one, that something made of a size is one number: it does not hold of twice the size."""
+    doubled = {**hints, size.node.expr: 2 * hints[size.node.expr]}
     for guard in size.node.shape_env.guards:
-        left, right = (guard.expr.lhs, guard.expr.rhs) if guard.expr.func.__name__ == "Equality" else (None, None)
-        if left is not None and right.is_number and symbol in left.free_symbols and not left.func.__name__.endswith("Mod"):
+        if guard.expr.func.__name__ == "Equality" and guard.expr.rhs.is_number and guard.expr.subs(doubled) == False:  # noqa: E712
             return str(guard.expr)
     return None

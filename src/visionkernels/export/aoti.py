@@ -63,7 +63,7 @@ def export(
     detail = "import visionkernels before loading it" if keep_operators else "needs nothing but PyTorch"
     return Exported(
         Path(path), "aoti", len(traced.calls), _trace.shapes(inputs, dynamic), tuple(outputs or ()),
-        time.perf_counter() - start, f"{next(iter(inputs.values())).device.type} code, {detail}",
+        time.perf_counter() - start, f"{next(iter(inputs.values())).device.type} code, {detail}{_trace.limits(traced.program, dynamic)}",
     )  # fmt: skip
 
 

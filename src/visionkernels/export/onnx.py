@@ -83,7 +83,7 @@ def export(
     save(onnx_program, Path(path))
     return Exported(
         Path(path), "onnx", len(traced.calls), _trace.shapes(inputs, dynamic), names_of(onnx_program),
-        time.perf_counter() - start, f"opset {opset}, standard operators",
+        time.perf_counter() - start, f"opset {opset}, standard operators{_trace.limits(traced.program, dynamic)}",
     )  # fmt: skip
 
 
@@ -112,6 +112,7 @@ def load(path: str | Path, providers: Sequence[str] = ("CPUExecutionProvider",))
         Fail,
         InvalidArgument,
         InvalidGraph,
+        InvalidProtobuf,
         NoSuchFile,
         NotImplemented,
         RuntimeException,
@@ -119,7 +120,7 @@ def load(path: str | Path, providers: Sequence[str] = ("CPUExecutionProvider",))
 
     try:
         session = onnxruntime.InferenceSession(str(path), providers=list(providers))
-    except (Fail, InvalidGraph, NoSuchFile, NotImplemented) as error:
+    except (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NoSuchFile, NotImplemented) as error:
         raise UserError(f"onnx: onnxruntime cannot load {path}: {one_line(error)}") from error
     names = [one.name for one in session.get_inputs()]
 
@@ -163,13 +164,14 @@ def convert(
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # the exporter prints what it does
             onnx_program = torch.onnx.export(
-                program, dynamo=True, opset_version=opset, input_names=list(inputs), verbose=False,
+                program, dynamo=True, opset_version=opset, input_names=list(inputs), verbose=False, optimize=False,
                 output_names=None if outputs is None else list(outputs),
             )  # fmt: skip
     except Exception as error:  # noqa: BLE001  (the exporter has no base class of its errors; all say what is missing)
         cause = error.__cause__ or error
         raise UserError(f"model: torch.onnx cannot convert it to opset {opset}: {one_line(cause)}") from error
     assert onnx_program is not None
+    _simplify(onnx_program.model)
     graph = onnx_program.model.graph
     if onnx_program.model.opset_imports[""] != opset:
         raise UserError(f"opset: the model needs {onnx_program.model.opset_imports['']}, and {opset} was asked for")
@@ -197,13 +199,34 @@ def names_of(onnx_program: Any) -> tuple[str, ...]:
     return tuple(value.name for value in onnx_program.model.graph.outputs)
 
 
+def _simplify(model: Any) -> None:
+    """Inline, fold constants and drop what is unused, in place.
+
+    The exporter's own optimisation also rewrites Min and Max of one value into Clip, and where the value has another
+    reader, as in the inverse sigmoid of detectors, it leaves that one without an input.
+    """
+    import onnx_ir.passes.common as passes
+    import onnxscript.optimizer
+
+    passes.InlinePass()(model)
+    for _ in range(2):
+        onnxscript.optimizer.fold_constants(model)
+        passes.RemoveUnusedNodesPass()(model)
+    passes.RemoveUnusedFunctionsPass()(model)
+    passes.RemoveUnusedOpsetsPass()(model)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    passes.DeduplicateInitializersPass()(model)
+    passes.CommonSubexpressionEliminationPass()(model)
+    passes.OutputFixPass()(model)
+    passes.NameFixPass()(model)
+
+
 def _name_sizes(model: Any, names: Mapping[str, str]) -> None:
     """Put the caller's names of sizes in place of torch.export's, wherever they stand alone."""
     import onnx_ir
 
     values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
     for value in values:
-        if value.shape is not None and not value.shape.frozen:
-            for axis, size in enumerate(value.shape):
-                if isinstance(size, onnx_ir.SymbolicDim) and size.value in names:
-                    value.shape[axis] = onnx_ir.SymbolicDim(names[size.value])
+        if value.shape is not None:
+            sizes = [size.value if isinstance(size, onnx_ir.SymbolicDim) else size for size in value.shape]
+            value.shape = onnx_ir.Shape([names.get(size, size) for size in sizes])

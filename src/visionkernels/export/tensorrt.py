@@ -77,7 +77,7 @@ def export(
     save(onnx_program, Path(path))
     return Exported(
         Path(path), "tensorrt", len(traced.calls), _trace.shapes(inputs, dynamic), names_of(onnx_program),
-        time.perf_counter() - start, f"opset {opset}, version {plugin_version} of {_plugin.OP_TYPE}",
+        time.perf_counter() - start, f"opset {opset}, version {plugin_version} of {_plugin.OP_TYPE}{_trace.limits(traced.program, dynamic)}",
     )  # fmt: skip
 
 
