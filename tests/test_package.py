@@ -25,6 +25,7 @@ PUBLIC = {
     "classify",
     "detect",
     "embed",
+    "export",
     "fused_ms_deform_attn",
     "install_extension",
     "ms_deform_attn",
@@ -34,12 +35,13 @@ PUBLIC = {
     "uninstall_extension",
     "unpatch",
 }
-FUNCTIONS_AND_CLASSES = sorted(PUBLIC - {"__version__"})
+FUNCTIONS_AND_CLASSES = sorted(PUBLIC - {"__version__", "export"})  # and a module
 
 # Looking up the public names may load none of these: they are optional, or slow, or touch a GPU.
 NOT_AT_IMPORT = {
     "triton", "transformers", "PIL", "scipy", "rich", "matplotlib", "safetensors", "pycocotools", "numba", "llvmlite",
     "pyarrow", "huggingface_hub",
+    "onnx", "onnxscript", "onnxruntime", "tensorrt",
 }  # fmt: skip
 
 

@@ -1,0 +1,92 @@
+"""`visionkernels export`: its report, its check, and one line with exit code 2 for every mistake."""
+
+import pytest
+import torch
+
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("transformers")
+
+from tiny_detectors import save_yolos
+
+from visionkernels.cli import main
+from visionkernels.export import _standard
+
+
+def fails_with(capsys, *argv: str) -> str:
+    """Run the command; return the one line that it leaves on stderr."""
+    assert main(["export", *argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("visionkernels: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_it_writes_checks_and_reports(capsys, tmp_path):
+    path = tmp_path / "op.onnx"
+    argv = ["export", "ms_deform_attn", "--format", "onnx", "--dynamic", "batch, queries", "--output", str(path), "--check"]
+    assert main(argv) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert f"wrote {path}: ms_deform_attn" in out
+    assert "operators of visionkernels: 1" in out
+    assert "input  locations [batch, queries, 4, 3, 3, 2]" in out
+    assert out.count("random") == 2
+    assert "ok" in out
+    assert "WRONG" not in out
+
+
+def test_a_wrong_artefact_is_exit_code_1(capsys, tmp_path, monkeypatch):
+    right = _standard.ms_deform_attn
+    wrong = {key: lambda *a: right(*a) * 1.001 for key in _standard.lowered()}
+    monkeypatch.setattr(_standard, "lowered", lambda: wrong)
+    path = str(tmp_path / "op.onnx")
+    assert main(["export", "ms_deform_attn", "--format", "onnx", "--output", path, "--check"]) == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_float16(capsys, tmp_path):
+    path = str(tmp_path / "op.onnx")
+    argv = ["export", "MSDeformAttn", "--format", "tensorrt", "--plugin-version", "1", "--dtype", "fp16", "--output", path]
+    assert main(argv) == 0
+    assert "version 1 of MultiscaleDeformableAttnPlugin_TRT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["ms_deform_attn"], "the following arguments are required: --format"),
+        (["ms_deform_attn", "--format", "tflite"], "--format: expected one of onnx, tensorrt, aoti, but it is 'tflite'"),
+        (["ms_deform_attn", "--format", "onnx", "--opset", "11"], "opset: expected 16 to 23, but it is 11; 18 suits most"),
+        (["ms_deform_attn", "--format", "tensorrt", "--opset", "21"], "use 19 or less"),
+        (["ms_deform_attn", "--format", "onnx", "--dynamic", "depth"], "has no size 'depth'; choose of batch, queries"),
+        (["ms_deform_attn", "--format", "onnx", "--dtype", "int8"], "--dtype: expected one of fp32, fp16"),
+        (["ms_deform_attn", "--format", "onnx", "--keep-operators"], "only --format aoti can keep the operators"),
+        (["ms_deform_attn", "--format", "onnx", "--output", "nowhere/op.onnx"], "there is no directory nowhere"),
+        (["ms_deform_attn", "--format", "aoti", "--output", "op.so"], "must end in .pt2, and it is op.so"),
+        (["./nowhere", "--format", "onnx"], "there is no directory ./nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line(capsys, argv, message):
+    assert message in fails_with(capsys, *argv)
+
+
+def test_a_model_without_the_operators(capsys, tmp_path):
+    torch.manual_seed(0)
+    folder = str(save_yolos(tmp_path / "yolos"))
+    assert "nothing to patch in YolosForObjectDetection" in fails_with(capsys, folder, "--format", "onnx")
+
+
+def test_a_model_that_takes_text(capsys, tmp_path):
+    from transformers import GroundingDinoConfig
+
+    GroundingDinoConfig().save_pretrained(tmp_path)
+    error = fails_with(capsys, str(tmp_path), "--format", "onnx")
+    assert "a grounding-dino takes a text beside the image; export it from Python" in error
+
+
+def test_the_help_says_why_opset_18(capsys):
+    with pytest.raises(SystemExit):
+        main(["export", "--help"])
+    assert "which TensorRT takes for nearest" in " ".join(capsys.readouterr().out.split())
