@@ -97,9 +97,14 @@ def measure(row: str, column: str) -> dict[str, Any]:
     except (UserError, RuntimeError, ValueError, IndexError, KeyError, TypeError) as error:  # a reason, too
         return {"ok": False, "reason": f"{'' if isinstance(error, UserError) else 'running it: '}{one_line(error)}"}
     wrong = [one for one in found if not one.ok]
-    result: dict[str, Any] = {"ok": not wrong, "error": max((one.error for one in found if not one.failure), default=0.0)}
+    result: dict[str, Any] = {
+        "ok": not wrong,
+        "error": max((one.error for one in found if not one.failure), default=0.0),
+    }
     if wrong:
-        result["reason"] = wrong[0].failure or f"{wrong[0].output} is wrong by {wrong[0].error:.1e} on {wrong[0].inputs}"
+        result["reason"] = (
+            wrong[0].failure or f"{wrong[0].output} is wrong by {wrong[0].error:.1e} on {wrong[0].inputs}"
+        )
     return result | {"seconds": round(time.perf_counter() - start)}
 
 
@@ -110,12 +115,12 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         "# What can be exported",
         "",
-        "Written by `python scripts/export_table.py`; [deploy.md](deploy.md) says how to export. A cell is green when the",
-        "artefact agrees with PyTorch to 1e-5 of an output's largest entry, on random inputs of the sizes it was made",
+        "Written by `python scripts/export_table.py`; [deploy.md](deploy.md) says how to export. A cell is green when",
+        "the artefact agrees with PyTorch to 1e-5 of an output's largest entry, on random inputs of the sizes it was made",
         "with and of others, and holds the largest error. The detectors are small models with random weights; batch is",
         "open everywhere, queries too where they are an input. ONNX ran in onnxruntime; ONNX for TensorRT is checked",
-        "against the plugin's documented rules and ran in onnx's reference evaluator, **not in TensorRT**; AOTInductor ran",
-        f"on the CPU. Versions: {names}.",
+        "against the plugin's documented rules and ran in onnx's reference evaluator, **not in TensorRT**; AOTInductor",
+        f"ran on the CPU. Versions: {names}.",
         "",
         "| model | " + " | ".join(COLUMNS) + " |",
         "|---" * (len(COLUMNS) + 1) + "|",
@@ -161,8 +166,11 @@ def fill(again: list[str], only: Callable[[str, str], bool]) -> None:
             key = f"{row} | {column}"
             if not only(row, column) or (key in results["cells"] and DETECTORS.get(row, row) not in again):
                 continue
-            results["cells"][key] = measure(row, column)
-            print(key, results["cells"][key], flush=True)
+            cell = measure(row, column)
+            print(key, cell, flush=True)
+            if JSON.exists():  # another run may have written since
+                results["cells"] = json.loads(JSON.read_text())["cells"]
+            results["cells"][key] = cell
             JSON.write_text(json.dumps(results, indent=1) + "\n")
             TABLE.write_text(table(results))
 
@@ -172,14 +180,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="measure nothing, compare the table with the results")
     parser.add_argument("--again", metavar="MODEL", nargs="+", default=[], help="measure these models anew")
+    parser.add_argument("--row", metavar="MODEL", nargs="+", help="only these models")
     parser.add_argument("--column", metavar="NAME", nargs="+", help="only these formats")
     args = parser.parse_args()
     if args.check:
         if TABLE.read_text() != table(json.loads(JSON.read_text())):
-            print("docs/export.md is not what docs/export.json says: run python scripts/export_table.py", file=sys.stderr)
+            print(
+                "docs/export.md is not what docs/export.json says: run python scripts/export_table.py", file=sys.stderr
+            )
             return 1
         return 0
-    fill(args.again, lambda row, column: args.column is None or column in args.column)
+    columns, rows = args.column or COLUMNS, args.row or [*OPERATORS, *DETECTORS.values(), SHIPPED]
+    fill(args.again, lambda row, column: column in columns and DETECTORS.get(row, row) in rows)
     return 0
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
-from visionkernels import __version__, _cli_images
+from visionkernels import __version__, _cli_export, _cli_images
 from visionkernels.errors import UserError
 
 _DETECT_HELP = """\
@@ -70,29 +70,6 @@ tested with, and the line that switches it on. With --model, say what that line 
 of Hugging Face transformers.
 """
 
-_EXPORT_HELP = """\
-Write a model for another runtime. MODEL is a Hugging Face checkpoint for images (a directory or hub id),
-"detector" (the one that ships), or one of this package's own: ms_deform_attn, fused_ms_deform_attn, MSDeformAttn.
-
-formats:
-  onnx                standard operators (GridSample), for onnxruntime and any other runtime
-  tensorrt            ONNX with one MultiscaleDeformableAttnPlugin_TRT node for each attention
-  aoti                an AOTInductor package (.pt2) for this machine's CPU, for Python and C++
-
-Opset 18 is the default because TensorRT reads it right: opset 20 renamed GridSample's mode "bilinear" to "linear",
-which TensorRT takes for nearest, without a word. Other runtimes take 16 to 23.
-
-Ends with exit code 1 if --check finds that the artefact and PyTorch differ.
-"""
-
-_EXPORT_EXAMPLES = """\
-examples:
-  visionkernels export detector --format onnx --check
-  visionkernels export PekingU/rtdetr_r50vd --format onnx --dynamic batch,height,width --output rtdetr.onnx --check
-  visionkernels export detector --format tensorrt --dtype fp16 --dynamic batch
-  visionkernels export detector --format aoti --dynamic batch --output detector.pt2
-"""
-
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -116,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_bench(subparsers)
     _add_doctor(subparsers)
     _add_integrations(subparsers)
-    _add_export(subparsers)
+    _cli_export.add_job(subparsers)
     return parser
 
 
@@ -268,45 +245,6 @@ def _run_integrations(args: argparse.Namespace) -> None:
         _integrations_report.show(table.rows())
 
 
-def _add_export(subparsers: "argparse._SubParsersAction[_Parser]") -> None:
-    job = subparsers.add_parser(
-        "export",
-        help="write a model as ONNX, ONNX for TensorRT, or an AOTInductor package",
-        description=_EXPORT_HELP,
-        epilog=_EXPORT_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    job.add_argument("model", metavar="MODEL", help="a checkpoint, detector, or an operator of this package")
-    job.add_argument("--format", metavar="F", required=True, help="onnx, tensorrt or aoti")
-    job.add_argument("--opset", metavar="N", type=int, default=18, help="of ONNX, 16 to 23 (default %(default)s, see above)")
-    job.add_argument(
-        "--dynamic", metavar="SIZES", default="", help="sizes that stay open, such as batch,height,width (default: none)"
-    )
-    job.add_argument("--output", metavar="FILE", type=Path, help="the file to write (default: MODEL.onnx or MODEL.pt2)")
-    job.add_argument("--dtype", metavar="T", default="fp32", help="fp32 or fp16 (default %(default)s)")
-    job.add_argument(
-        "--plugin-version", metavar="V", default="2", help="of the TensorRT plugin; 1 before 10.11 (default %(default)s)"
-    )
-    job.add_argument(
-        "--keep-operators",
-        action="store_true",
-        help="leave this package's operators in an AOTInductor package: who loads it must import visionkernels",
-    )
-    job.add_argument(
-        "--check", action="store_true", help="run the artefact beside PyTorch, on random inputs and the sample picture"
-    )
-    job.set_defaults(run=_run_export)
-
-
-def _run_export(args: argparse.Namespace) -> int:
-    from visionkernels.export import command
-
-    dynamic = tuple(name.strip() for name in args.dynamic.split(",") if name.strip())
-    names = (args.model, args.format, args.opset, dynamic, args.output, args.dtype, args.plugin_version)
-    return command.run(command.Options(*names, args.keep_operators, args.check))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
@@ -314,8 +252,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Its arguments; by default those of the process.
 
     Returns:
-        The exit code: 0, 1 if `bench`, `doctor` or `export --check` found a wrong result, 2 for what the caller can put right (one
-        line on stderr says what), 130 when interrupted.
+        The exit code: 0, 1 if `bench`, `doctor` or `export --check` found a wrong result, 2 for what the caller can put
+        right (one line on stderr says what), 130 when interrupted.
     """
     try:
         args = build_parser().parse_args(argv)

@@ -25,7 +25,17 @@ def fails_with(capsys, *argv: str) -> str:
 
 def test_it_writes_checks_and_reports(capsys, tmp_path):
     path = tmp_path / "op.onnx"
-    argv = ["export", "ms_deform_attn", "--format", "onnx", "--dynamic", "batch, queries", "--output", str(path), "--check"]
+    argv = [
+        "export",
+        "ms_deform_attn",
+        "--format",
+        "onnx",
+        "--dynamic",
+        "batch, queries",
+        "--output",
+        str(path),
+        "--check",
+    ]
     assert main(argv) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -48,7 +58,18 @@ def test_a_wrong_artefact_is_exit_code_1(capsys, tmp_path, monkeypatch):
 
 def test_float16(capsys, tmp_path):
     path = str(tmp_path / "op.onnx")
-    argv = ["export", "MSDeformAttn", "--format", "tensorrt", "--plugin-version", "1", "--dtype", "fp16", "--output", path]
+    argv = [
+        "export",
+        "MSDeformAttn",
+        "--format",
+        "tensorrt",
+        "--plugin-version",
+        "1",
+        "--dtype",
+        "fp16",
+        "--output",
+        path,
+    ]
     assert main(argv) == 0
     assert "version 1 of MultiscaleDeformableAttnPlugin_TRT" in capsys.readouterr().out
 
@@ -57,8 +78,14 @@ def test_float16(capsys, tmp_path):
     ("argv", "message"),
     [
         (["ms_deform_attn"], "the following arguments are required: --format"),
-        (["ms_deform_attn", "--format", "tflite"], "--format: expected one of onnx, tensorrt, aoti, but it is 'tflite'"),
-        (["ms_deform_attn", "--format", "onnx", "--opset", "11"], "opset: expected 16 to 23, but it is 11; 18 suits most"),
+        (
+            ["ms_deform_attn", "--format", "tflite"],
+            "--format: expected one of onnx, tensorrt, aoti, but it is 'tflite'",
+        ),
+        (
+            ["ms_deform_attn", "--format", "onnx", "--opset", "11"],
+            "opset: expected 16 to 23, but it is 11; 18 suits most",
+        ),
         (["ms_deform_attn", "--format", "tensorrt", "--opset", "21"], "use 19 or less"),
         (["ms_deform_attn", "--format", "onnx", "--dynamic", "depth"], "has no size 'depth'; choose of batch, queries"),
         (["ms_deform_attn", "--format", "onnx", "--dtype", "int8"], "--dtype: expected one of fp32, fp16"),

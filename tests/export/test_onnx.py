@@ -38,7 +38,9 @@ def test_it_runs_with_every_size_open(tmp_path, make, arguments, opset):
     nearest = subject.module.method == "nearest" if isinstance(subject.module, _samples.Attention) else False
     assert modes == [] if nearest else modes == [b"linear" if opset >= 20 else b"bilinear"] * 3
     assert report.inputs["level_0"] == ("batch", 32, "height_0", "width_0")
-    declared = {one.name: [d.dim_param or d.dim_value for d in one.type.tensor_type.shape.dim] for one in model.graph.input}
+    declared = {
+        one.name: [d.dim_param or d.dim_value for d in one.type.tensor_type.shape.dim] for one in model.graph.input
+    }
     assert declared == {name: list(shape) for name, shape in report.inputs.items()}
     assert [one.name for one in model.graph.output] == ["output"]
     found = check.compare(subject, onnx.load(path), labels)
@@ -88,7 +90,9 @@ def test_an_operator_that_onnx_does_not_have(tmp_path):
 def test_a_missing_package_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxscript" else object())
     subject = _samples.ms_deform_attn()
-    with pytest.raises(UserError, match=r"export needs onnxscript, not installed here: pip install 'visionkernels\[export\]'"):
+    with pytest.raises(
+        UserError, match=r"export needs onnxscript, not installed here: pip install 'visionkernels\[export\]'"
+    ):
         onnx.export(subject.module, subject.inputs, tmp_path / "model.onnx")
 
 
@@ -143,5 +147,5 @@ def test_a_model_that_cannot_be_traced():
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x if x.sum().item() > 0 else -x
 
-    with pytest.raises(UserError, match="torch.export cannot trace Model: Could not guard on data-dependent"):
+    with pytest.raises(UserError, match=r"torch.export cannot trace Model: Could not guard on data-dependent"):
         _trace.trace(Model(), {"x": torch.rand(3)})

@@ -85,5 +85,5 @@ def test_half_up_at_the_middle_between_two_pixels():
 def test_shapes_in_a_tensor_are_refused():
     inputs = (tensor.detach() for tensor in make_inputs(dataclasses.replace(Case(), batch=1)))
     value, locations, weights = inputs
-    with pytest.raises(UserError, match="spatial_shapes as a tensor.*pass a list of"):
+    with pytest.raises(UserError, match=r"spatial_shapes as a tensor.*pass a list of"):
         lowered(vk.ms_deform_attn)(value, torch.tensor(Case().shapes), None, locations, weights)

@@ -160,7 +160,10 @@ def test_a_broken_rule_is_found(model, rule):
 @pytest.mark.parametrize(
     ("subject", "message"),
     [
-        (lambda: _samples.ms_deform_attn((1, 2, 1), "nearest"), "asks for method='nearest'; export it with --format onnx"),
+        (
+            lambda: _samples.ms_deform_attn((1, 2, 1), "nearest"),
+            "asks for method='nearest'; export it with --format onnx",
+        ),
         (lambda: _samples.ms_deform_attn(border=True), "asks for padding_mode='border'"),
         (lambda: _samples.ms_deform_attn((0, 0, 0)), "at least one point, and num_points is .0, 0, 0."),
     ],
@@ -176,9 +179,9 @@ def test_other_dtypes_and_models_and_options_are_refused(tmp_path):
     double = {name: tensor.double() for name, tensor in subject.inputs.items()}
     with pytest.raises(UserError, match=r"takes float32 and float16, and the value is torch.float64"):
         tensorrt.export(subject.module, double, path)
-    with pytest.raises(UserError, match="opset: .*for nearest; use 19 or less"):
+    with pytest.raises(UserError, match=r"opset: .*for nearest; use 19 or less"):
         tensorrt.export(subject.module, subject.inputs, path, opset=20)
-    with pytest.raises(UserError, match="plugin_version: expected one of .*, but it is '3'"):
+    with pytest.raises(UserError, match=r"plugin_version: expected one of .*, but it is '3'"):
         tensorrt.export(subject.module, subject.inputs, path, plugin_version="3")
     with pytest.raises(UserError, match="calls no operator that the plugin stands for"):
         tensorrt.export(nn.Identity(), {"input": torch.rand(2)}, path)
@@ -186,7 +189,11 @@ def test_other_dtypes_and_models_and_options_are_refused(tmp_path):
 
 def test_without_tensorrt_the_error_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    for call in (lambda: tensorrt.build("model.onnx", tmp_path / "e"), lambda: tensorrt.load("e"), lambda: tensorrt.run("e", {})):
+    for call in (
+        lambda: tensorrt.build("model.onnx", tmp_path / "e"),
+        lambda: tensorrt.load("e"),
+        lambda: tensorrt.run("e", {}),
+    ):
         with pytest.raises(UserError, match="TensorRT is not installed here: `pip install tensorrt`"):
             call()
 
@@ -219,12 +226,16 @@ def test_profiles_of_open_sizes():
     recorder = Recorder()
     network = SimpleNamespace(
         num_inputs=2,
-        get_input=lambda index: [SimpleNamespace(name="a", shape=(-1, 3)), SimpleNamespace(name="b", shape=(2, 2))][index],
+        get_input=lambda index: [SimpleNamespace(name="a", shape=(-1, 3)), SimpleNamespace(name="b", shape=(2, 2))][
+            index
+        ],
     )
     tensorrt._add_profile(recorder, recorder, network, {"a": ([1, 3], [2, 3], [8, 3])})
     assert recorder.calls == [
-        ("create_optimization_profile",), ("set_shape", "a", (1, 3), (2, 3), (8, 3)), ("add_optimization_profile", recorder),
-    ]  # fmt: skip
+        ("create_optimization_profile",),
+        ("set_shape", "a", (1, 3), (2, 3), (8, 3)),
+        ("add_optimization_profile", recorder),
+    ]
     with pytest.raises(UserError, match=r"profile: a has open sizes \[-1, 3\]; give its"):
         tensorrt._add_profile(recorder, recorder, network, {})
     with pytest.raises(UserError, match="profile: the graph has no input 'c'; its inputs are a, b"):

@@ -24,7 +24,9 @@ def subject_of(name):
 @pytest.mark.parametrize("name", LAYERS)
 def test_one_node_a_layer_and_every_size_open(name):
     subject = subject_of(name)
-    file = sys.modules[f"transformers.models.{tiny_detectors.model_type(name)}.modeling_{tiny_detectors.model_type(name)}"]
+    file = sys.modules[
+        f"transformers.models.{tiny_detectors.model_type(name)}.modeling_{tiny_detectors.model_type(name)}"
+    ]
     before = dict(vars(file))
     traced = _trace.trace(subject.module, subject.inputs, subject.axes(OPEN))
     assert dict(vars(file)) == before

@@ -1,9 +1,9 @@
 """Keep sizes open where a model's own code would fix them to the numbers of the example.
 
 Four things in the models of transformers do so without need: `len(tensor)` and `torch_int(size)`, which make Python
-numbers, and `torch.as_tensor` and `torch.linspace`, which take numbers alone. For the time of a trace each has a form that
-takes a symbol. A fifth, `torch_compilable_check` of a tensor, becomes an assertion that no ONNX operator expresses; the
-sizes it asks about are checked by this package's operators as well.
+numbers, and `torch.as_tensor` and `torch.linspace`, which take numbers alone. For the time of a trace each has a form
+that takes a symbol. `torch.searchsorted`, which no ONNX operator expresses, is counted out. `torch_compilable_check` of
+a tensor would become an assertion that none expresses either, and is left out; this package's operators check sizes.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class Tracing(TorchFunctionMode):
             return _tensor_of(args[0], kwargs.get("dtype") or torch.int64, kwargs.get("device"))
         if func is torch.linspace and _holds_symbol([*args, *kwargs.values()]):
             return _linspace(*args, **kwargs)
+        if func is torch.searchsorted and self._lowered and args[0].dim() == args[1].dim():
+            return _searchsorted(*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -98,3 +100,8 @@ def _linspace(start: Any, end: Any, steps: Any, *, dtype: Any = None, device: An
     count = torch.full((), steps, dtype=dtype, device=device)
     length = torch.full((), end, dtype=dtype, device=device) - start
     return torch.arange(steps, device=device).to(dtype) * (length / (count - 1).clamp(min=1)) + start
+
+
+def _searchsorted(ordered: Tensor, values: Tensor, *, right: bool = False, side: str | None = None, **_: Any) -> Tensor:
+    before = torch.le if right or side == "right" else torch.lt
+    return before(ordered[..., None, :], values[..., :, None]).sum(-1)

@@ -5,8 +5,8 @@ level_start_index `[L]` in int32, sampling_locations `[N, Lq, M, L, P, 2]`, atte
 `[N, Lq, M, D]`; value, locations, weights and output all float32 or all float16; no attributes of its own. It samples
 bilinearly, with zeros outside.
 
-It takes one number of points for all levels. Where they are unlike, a level is listed several times, each with the greatest
-common divisor of the points: `[3, 6, 3]` are the levels 0, 1, 1, 2 with three points each.
+It takes one number of points for all levels. Where they are unlike, a level is listed several times, each with the
+greatest common divisor of the points: `[3, 6, 3]` are the levels 0, 1, 1, 2 with three points each.
 
 Source: `plugin/multiscaleDeformableAttnPlugin/README.md` of NVIDIA/TensorRT.
 """
@@ -91,7 +91,9 @@ def _node(
     version: str,
 ) -> Tensor:  # fmt: skip
     if value.dtype not in _DTYPES:
-        raise UserError(f"model: {OP_TYPE} takes float32 and float16, and the value is {value.dtype}; convert the model")
+        raise UserError(
+            f"model: {OP_TYPE} takes float32 and float16, and the value is {value.dtype}; convert the model"
+        )
     if sum(num_points) == 0:
         raise UserError(f"model: {OP_TYPE} takes at least one point, and num_points is {num_points}")
     levels, points = listed_levels(num_points)

@@ -23,7 +23,9 @@ def flatten(levels: tuple[Tensor, ...]) -> tuple[Tensor, list[tuple[int, int]]]:
 class Attention(nn.Module):
     """The plain operator on feature maps."""
 
-    def __init__(self, num_points: tuple[int, ...] | None = None, method: str = "bilinear", border: bool = False) -> None:
+    def __init__(
+        self, num_points: tuple[int, ...] | None = None, method: str = "bilinear", border: bool = False
+    ) -> None:
         super().__init__()
         self.num_points, self.method = num_points, method
         self.padding_mode = "border" if border else "zeros"
@@ -81,7 +83,9 @@ def _subject(name: str, module: nn.Module, others: dict[str, Tensor]) -> Subject
     return Subject(name, module.eval(), inputs, ("output",), sizes)
 
 
-def ms_deform_attn(num_points: tuple[int, ...] | None = None, method: str = "bilinear", border: bool = False) -> Subject:
+def ms_deform_attn(
+    num_points: tuple[int, ...] | None = None, method: str = "bilinear", border: bool = False
+) -> Subject:
     """The plain operator."""
     samples = (len(_LEVELS), _POINTS) if num_points is None else (sum(num_points),)
     locations = torch.rand(_BATCH, _QUERIES, _HEADS, *samples, 2)

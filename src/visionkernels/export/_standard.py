@@ -18,7 +18,6 @@ from visionkernels.errors import UserError
 from visionkernels.ops.deformable_attention import registration
 
 
-
 def lowered() -> dict[Any, Callable[..., Any]]:
     """Every operator of this package that an exported program can hold, and its form in standard operators."""
     return {

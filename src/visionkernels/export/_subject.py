@@ -1,4 +1,4 @@
-"""What is exported: a module with an example of its inputs, the names of its sizes, and more inputs to check it with."""
+"""What is exported: a module, an example of its inputs, the names of its sizes, and more inputs to check it with."""
 
 from __future__ import annotations
 
@@ -126,7 +126,9 @@ class TaskOutputs(nn.Module):
         return tuple(found[name] for name in self.names)
 
 
-def of_model(name: str, model: nn.Module, inputs: dict[str, Tensor], sample: dict[str, Tensor] | None = None) -> Subject:
+def of_model(
+    name: str, model: nn.Module, inputs: dict[str, Tensor], sample: dict[str, Tensor] | None = None
+) -> Subject:
     """A model of transformers for images, with its attention patched where it has one that is known.
 
     Args:
@@ -171,8 +173,6 @@ def of_checkpoint(model: str | Path | None, *, half: bool = False, open_image: b
     Raises:
         UserError: there is no such checkpoint, or it takes more than an image.
     """
-    import transformers
-
     from visionkernels._checkpoint import _load_processor
     from visionkernels._images import read_image
     from visionkernels.detection import SAMPLE_IMAGE, SHIPPED_MODEL

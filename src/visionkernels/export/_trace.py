@@ -47,7 +47,9 @@ def trace(
     # One symbol for a size that several inputs share; for one alone `torch.export` finds the range by itself.
     dims = {label: Dim(label) if labels.count(label) > 1 else Dim.AUTO for label in labels}
     shapes = {
-        name: {axis: dims[dynamic[name][axis]] if axis in dynamic.get(name, {}) else Dim.STATIC for axis in range(t.dim())}
+        name: {
+            axis: dims[dynamic[name][axis]] if axis in dynamic.get(name, {}) else Dim.STATIC for axis in range(t.dim())
+        }
         for name, t in inputs.items()
     }
     traced = _Traced(module, lowered or {})
@@ -58,7 +60,7 @@ def trace(
             )
         except UserError:
             raise
-        except Exception as error:  # noqa: BLE001  (any code of the model can raise anything; it is passed on)
+        except Exception as error:
             raise UserError(f"model: torch.export cannot trace {type(module).__name__}: {one_line(error)}") from error
     _check_open(program, dynamic)
     return Trace(program, tuple(traced.tracing.calls) or tuple(operators(program)))
@@ -135,7 +137,9 @@ def _shape_of(program: ExportedProgram, name: str) -> Sequence[Any]:
 
 def _check_open(program: ExportedProgram, dynamic: Axes) -> None:
     """No open size may be fixed: neither itself nor by what the model's code asked of something made of it."""
-    found = [(name, label, _shape_of(program, name)[axis]) for name, axes in dynamic.items() for axis, label in axes.items()]
+    found = [
+        (name, label, _shape_of(program, name)[axis]) for name, axes in dynamic.items() for axis, label in axes.items()
+    ]
     found = [(name, label, int(size) if _is_number(size) else size) for name, label, size in found]
     hints = {size.node.expr: size.node.hint for _, _, size in found if not isinstance(size, int)}
     for name, label, size in found:
@@ -152,7 +156,7 @@ def _is_number(size: int | torch.SymInt) -> bool:
 
 
 def _fixed_by(size: torch.SymInt, hints: Mapping[Any, int]) -> str | None:
-    """The condition, if there is one, that something made of a size is one number: it does not hold of twice the size."""
+    """The condition, if any, that something made of a size is one number: it does not hold of twice the size."""
     doubled = {**hints, size.node.expr: 2 * hints[size.node.expr]}
     for guard in size.node.shape_env.guards:
         if guard.expr.func.__name__ == "Equality" and guard.expr.rhs.is_number and guard.expr.subs(doubled) == False:  # noqa: E712

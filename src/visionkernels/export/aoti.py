@@ -1,8 +1,8 @@
 """AOTInductor: a `.pt2` package of compiled code, for Python and for C++ without Python.
 
-A package holds the code for one kind of device. With the operators lowered to PyTorch's own, which is the default, it needs
-nothing of this package where it runs. With `keep_operators` it calls this package's operators: on a GPU its Triton kernels,
-which the process that loads it must have registered by `import visionkernels`.
+A package holds the code for one kind of device. With the operators lowered to PyTorch's own, which is the default, it
+needs nothing of this package where it runs. With `keep_operators` it calls this package's operators: on a GPU its Triton
+kernels, which the process that loads it must have registered by `import visionkernels`.
 """
 
 from __future__ import annotations
@@ -58,12 +58,13 @@ def export(
     traced = _trace.trace(model, inputs, dynamic, None if keep_operators else _standard.lowered())
     try:
         torch._inductor.aoti_compile_and_package(traced.program, package_path=str(Path(path).absolute()))
-    except Exception as error:  # noqa: BLE001  (any pass of the compiler can raise anything; it is passed on)
+    except Exception as error:
         raise UserError(f"model: AOTInductor cannot compile it: {one_line(error)}") from error
+    device = next(iter(inputs.values())).device.type
     detail = "import visionkernels before loading it" if keep_operators else "needs nothing but PyTorch"
     return Exported(
         Path(path), "aoti", len(traced.calls), _trace.shapes(inputs, dynamic), tuple(outputs or ()),
-        time.perf_counter() - start, f"{next(iter(inputs.values())).device.type} code, {detail}{_trace.limits(traced.program, dynamic)}",
+        time.perf_counter() - start, f"{device} code, {detail}{_trace.limits(traced.program, dynamic)}",
     )  # fmt: skip
 
 

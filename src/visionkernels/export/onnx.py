@@ -60,8 +60,8 @@ def export(
         model: a module in evaluation mode, whose `forward` takes the inputs by name.
         inputs: an example of each input; a size that is to stay open is at least 2 in it, and no two of them alike.
         path: the file, by convention `.onnx`.
-        opset: 16 to 23. TensorRT needs 18 or less: from opset 20 on GridSample's bilinear mode is called "linear", which
-            TensorRT reads as nearest, without a word.
+        opset: 16 to 23. TensorRT needs 19 or less: from opset 20 on GridSample's bilinear mode is called "linear",
+            which TensorRT reads as nearest, without a word.
         dynamic: the sizes that stay open: input name, axis, and a name for the size.
         outputs: a name for each output.
 
@@ -87,7 +87,9 @@ def export(
     )  # fmt: skip
 
 
-def run(path: str | Path, inputs: Mapping[str, Tensor], providers: Sequence[str] = ("CPUExecutionProvider",)) -> list[Tensor]:
+def run(
+    path: str | Path, inputs: Mapping[str, Tensor], providers: Sequence[str] = ("CPUExecutionProvider",)
+) -> list[Tensor]:
     """Run an ONNX file of standard operators once in onnxruntime.
 
     Args:
@@ -167,7 +169,7 @@ def convert(
                 program, dynamo=True, opset_version=opset, input_names=list(inputs), verbose=False, optimize=False,
                 output_names=None if outputs is None else list(outputs),
             )  # fmt: skip
-    except Exception as error:  # noqa: BLE001  (the exporter has no base class of its errors; all say what is missing)
+    except Exception as error:
         cause = error.__cause__ or error
         raise UserError(f"model: torch.onnx cannot convert it to opset {opset}: {one_line(cause)}") from error
     assert onnx_program is not None

@@ -1,7 +1,7 @@
 """TensorRT: an ONNX graph with its plugin for multi-scale deformable attention, and engines from such a graph.
 
-`export` needs no TensorRT. `build`, `load` and `run` are written against TensorRT's documented Python API, 10.11 and later;
-the plugin is in the library that comes with TensorRT.
+`export` needs no TensorRT. `build`, `load` and `run` are written against TensorRT's documented Python API, 10.11 and
+later; the plugin is in the library that comes with TensorRT.
 """
 
 from __future__ import annotations
@@ -75,9 +75,10 @@ def export(
     if broken:
         raise UserError(f"model: the graph breaks a rule of the plugin: {broken[0]}")
     save(onnx_program, Path(path))
+    detail = f"opset {opset}, version {plugin_version} of {_plugin.OP_TYPE}"
     return Exported(
         Path(path), "tensorrt", len(traced.calls), _trace.shapes(inputs, dynamic), names_of(onnx_program),
-        time.perf_counter() - start, f"opset {opset}, version {plugin_version} of {_plugin.OP_TYPE}{_trace.limits(traced.program, dynamic)}",
+        time.perf_counter() - start, f"{detail}{_trace.limits(traced.program, dynamic)}",
     )  # fmt: skip
 
 
@@ -142,7 +143,9 @@ def build(
     cache = _open_cache(config, timing_cache)
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
-        raise UserError(f"onnx_path: TensorRT {trt.__version__} cannot build an engine of {onnx_path}; its log says why")
+        raise UserError(
+            f"onnx_path: TensorRT {trt.__version__} cannot build an engine of {onnx_path}; its log says why"
+        )
     Path(engine_path).write_bytes(bytes(serialized))
     if cache is not None and timing_cache is not None:
         Path(timing_cache).write_bytes(bytes(cache.serialize()))
@@ -160,7 +163,9 @@ def load(engine_path: str | Path) -> Engine:
     trt.init_libnvinfer_plugins(logger, "")
     engine = trt.Runtime(logger).deserialize_cuda_engine(Path(engine_path).read_bytes())
     if engine is None:
-        raise UserError(f"engine_path: TensorRT {trt.__version__} cannot load {engine_path}; build it again on this machine")
+        raise UserError(
+            f"engine_path: TensorRT {trt.__version__} cannot load {engine_path}; build it again on this machine"
+        )
     return Engine(trt, engine)
 
 
@@ -237,10 +242,12 @@ def _tensorrt() -> ModuleType:
         ) from error
     missing = [name for name in ("Builder", "OnnxParser", "Runtime") if not hasattr(tensorrt, name)]
     if missing:
-        raise UserError(f"TensorRT {tensorrt.__version__} has no {', '.join(missing)}: install the full package `tensorrt`")
+        raise UserError(
+            f"TensorRT {tensorrt.__version__} has no {', '.join(missing)}: install the full package `tensorrt`"
+        )
     if int(tensorrt.__version__.split(".")[0]) < 10:
         raise UserError(f"TensorRT {tensorrt.__version__} is too old: install 10.11 or later")
-    return tensorrt  # type: ignore[no-any-return]
+    return tensorrt
 
 
 def _network_flags(trt: ModuleType) -> int:
@@ -249,9 +256,7 @@ def _network_flags(trt: ModuleType) -> int:
     return 0 if flag is None else 1 << int(flag)
 
 
-def _add_profile(
-    builder: Any, config: Any, network: Any, shapes: Mapping[str, tuple[Shape, Shape, Shape]]
-) -> None:
+def _add_profile(builder: Any, config: Any, network: Any, shapes: Mapping[str, tuple[Shape, Shape, Shape]]) -> None:
     inputs = {network.get_input(i).name: tuple(network.get_input(i).shape) for i in range(network.num_inputs)}
     unknown = sorted(set(shapes) - set(inputs))
     if unknown:
@@ -262,7 +267,9 @@ def _add_profile(
         if -1 not in declared:
             continue
         if name not in shapes:
-            raise UserError(f"profile: {name} has open sizes {list(declared)}; give its (smallest, usual, largest) shape")
+            raise UserError(
+                f"profile: {name} has open sizes {list(declared)}; give its (smallest, usual, largest) shape"
+            )
         profile.set_shape(name, *(tuple(shape) for shape in shapes[name]))
         opened = True
     if opened:
