@@ -87,3 +87,14 @@ def test_shapes_in_a_tensor_are_refused():
     value, locations, weights = inputs
     with pytest.raises(UserError, match=r"spatial_shapes as a tensor.*pass a list of"):
         lowered(vk.ms_deform_attn)(value, torch.tensor(Case().shapes), None, locations, weights)
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+@pytest.mark.parametrize("tensor", [torch.tensor([[3, 1, 3], [2, 5, 4]]), torch.tensor([[0.5, -1.0], [0.5, 2.0]])])
+def test_what_onnx_does_not_have_is_written_out(tensor, dim):
+    tests = tensor.flatten()[1:3]
+    with Tracing(_standard.lowered()):
+        got = [torch.cummax(tensor, dim=dim), tensor.cummin(dim), (torch.isin(tensor, tests),)]
+    expected = [torch.cummax(tensor, dim), torch.cummin(tensor, dim), (torch.isin(tensor, tests),)]
+    for ours, theirs in zip(got, expected, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))

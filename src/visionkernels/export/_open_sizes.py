@@ -2,8 +2,8 @@
 
 Four things in the models of transformers do so without need: `len(tensor)` and `torch_int(size)`, which make Python
 numbers, and `torch.as_tensor` and `torch.linspace`, which take numbers alone. For the time of a trace each has a form
-that takes a symbol. `torch.searchsorted`, which no ONNX operator expresses, is counted out. `torch_compilable_check` of
-a tensor would become an assertion that none expresses either, and is left out; this package's operators check sizes.
+that takes a symbol. `torch.isin`, `cummax` and `cummin`, which no ONNX operator is, are written out; and
+`torch_compilable_check` of a tensor, an assertion that none is either, is left out: our operators check sizes.
 """
 
 from __future__ import annotations
@@ -42,8 +42,13 @@ class Tracing(TorchFunctionMode):
             return _tensor_of(args[0], kwargs.get("dtype") or torch.int64, kwargs.get("device"))
         if func is torch.linspace and _holds_symbol([*args, *kwargs.values()]):
             return _linspace(*args, **kwargs)
-        if func is torch.searchsorted and self._lowered and args[0].dim() == args[1].dim():
-            return _searchsorted(*args, **kwargs)
+        if func is torch.isin and self._lowered:
+            return _isin(*args, **kwargs)
+        if func in (torch.cummax, Tensor.cummax) and self._lowered:
+            return _cummax(*args, **kwargs)
+        if func in (torch.cummin, Tensor.cummin) and self._lowered:
+            values, index = _cummax(-args[0], *args[1:], **kwargs)
+            return torch.return_types.cummin((-values, index))
         return func(*args, **kwargs)
 
 
@@ -102,6 +107,21 @@ def _linspace(start: Any, end: Any, steps: Any, *, dtype: Any = None, device: An
     return torch.arange(steps, device=device).to(dtype) * (length / (count - 1).clamp(min=1)) + start
 
 
-def _searchsorted(ordered: Tensor, values: Tensor, *, right: bool = False, side: str | None = None, **_: Any) -> Tensor:
-    before = torch.le if right or side == "right" else torch.lt
-    return before(ordered[..., None, :], values[..., :, None]).sum(-1)
+def _isin(elements: Any, test_elements: Any, *, invert: bool = False, **_: Any) -> Tensor:
+    tests = test_elements.flatten() if isinstance(test_elements, Tensor) else test_elements
+    equal = elements[..., None] == tests if isinstance(tests, Tensor) else elements == tests
+    found = equal.any(-1) if isinstance(tests, Tensor) else equal
+    return ~found if invert else found
+
+
+def _cummax(tensor: Tensor, dim: int) -> torch.return_types.cummax:
+    """Every pair of positions compared; of equal entries the last one counts."""
+    moved = tensor.movedim(dim, -1)
+    count = moved.shape[-1]
+    position = torch.arange(count, device=tensor.device)
+    seen = position <= position[:, None]  # [to, from]
+    least = torch.finfo(tensor.dtype).min if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min
+    pairs = moved[..., None, :].where(seen, torch.full((), least, dtype=tensor.dtype, device=tensor.device))
+    values = pairs.amax(-1)
+    index = ((pairs == values[..., None]) & seen).long().mul(position + 1).amax(-1) - 1
+    return torch.return_types.cummax((values.movedim(-1, dim), index.movedim(-1, dim)))

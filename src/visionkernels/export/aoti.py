@@ -1,7 +1,7 @@
 """AOTInductor: a `.pt2` package of compiled code, for Python and for C++ without Python.
 
 A package holds the code for one kind of device. With the operators lowered to PyTorch's own, which is the default, it
-needs nothing of this package where it runs. With `keep_operators` it calls this package's operators: on a GPU its Triton
+needs nothing of this package where it runs. With `keep_operators` it calls this package's operators: on a GPU Triton
 kernels, which the process that loads it must have registered by `import visionkernels`.
 """
 
