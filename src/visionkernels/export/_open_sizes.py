@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -42,6 +43,9 @@ class Tracing(TorchFunctionMode):
             return _tensor_of(args[0], kwargs.get("dtype") or torch.int64, kwargs.get("device"))
         if func is torch.linspace and _holds_symbol([*args, *kwargs.values()]):
             return _linspace(*args, **kwargs)
+        if func is F.scaled_dot_product_attention and self._lowered:
+            # Its strides depend on the kernel; torch.onnx's form of it has others than those a view was made for.
+            return func(*args, **kwargs).contiguous()
         if func is torch.isin and self._lowered:
             return _isin(*args, **kwargs)
         if func in (torch.cummax, Tensor.cummax) and self._lowered:
