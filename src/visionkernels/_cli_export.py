@@ -55,7 +55,7 @@ def add_job(subparsers: "argparse._SubParsersAction[Any]") -> None:
         "--plugin-version",
         metavar="V",
         default="2",
-        help="of the TensorRT plugin; 1 before 10.11 (default %(default)s)",
+        help="of the TensorRT plugin: 2, 1 before 10.11, or visionkernels (default %(default)s)",
     )
     job.add_argument(
         "--keep-operators",

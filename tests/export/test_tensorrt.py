@@ -56,6 +56,24 @@ def test_one_node_that_keeps_the_rules_and_computes_the_same(tmp_path, make, arg
     assert all(one.error <= allowed for one in found), found
 
 
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
+def test_our_own_plugin_has_coordinates_in_float32(tmp_path, half):
+    subject = _samples.fused_ms_deform_attn((2, 4, 3))
+    subject = subject.half() if half else subject
+    path = tmp_path / "model.onnx"
+    tensorrt.export(
+        subject.module, subject.inputs, path, plugin_version="visionkernels", dynamic=subject.axes(("batch",))
+    )
+    model = onnx_format.load(path)
+    (node,) = [node for node in model.graph.node if node.op_type == "ms_deform_attn"]
+    attributes = {one.name: onnx_format.helper.get_attribute_value(one) for one in node.attribute}
+    assert attributes == {"plugin_version": b"1", "plugin_namespace": b"visionkernels", "num_points": [2, 4, 3]}
+    with torch.no_grad():
+        expected = subject.module(**subject.inputs)
+    (got,) = tensorrt.evaluate(path)(subject.inputs)
+    assert check.relative(got, expected) <= (check.ROUNDING if half else 1e-6)
+
+
 @pytest.mark.parametrize(
     ("points", "levels", "each"),
     [([4, 4], [0, 1], 4), ([3, 6, 3], [0, 1, 1, 2], 3), ([2, 3], [0, 0, 1, 1, 1], 1), ([2, 0, 4], [0, 2, 2], 2)],

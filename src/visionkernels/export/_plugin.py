@@ -28,6 +28,8 @@ from visionkernels.ops.deformable_attention import registration
 OP_TYPE = "MultiscaleDeformableAttnPlugin_TRT"
 DOMAIN = "trt.plugins"  # TensorRT's parser looks at the name alone
 VERSIONS = ("1", "2")  # IPluginV2DynamicExt, deprecated since 10.11; IPluginV3
+OWN = "visionkernels"  # in place of a version: the plugin of tensorrt_plugin.py
+OWN_OP_TYPE = "ms_deform_attn"
 _DTYPES = (torch.float32, torch.float16)
 
 
@@ -35,7 +37,7 @@ def lowered(version: str) -> dict[Any, Callable[..., Any]]:
     """Every operator of this package, and its form with the plugin.
 
     Args:
-        version: of the plugin.
+        version: of the plugin, or OWN.
     """
 
     def plain(
@@ -96,6 +98,8 @@ def _node(
         )
     if sum(num_points) == 0:
         raise UserError(f"model: {OP_TYPE} takes at least one point, and num_points is {num_points}")
+    if version == OWN:
+        return _own_node(value, shapes, locations, weights, num_points)
     levels, points = listed_levels(num_points)
     starts = list(accumulate((h * w for h, w in shapes), initial=0))
     sizes = torch.stack([_integer(side) for level in levels for side in shapes[level]]).view(len(levels), 2)
@@ -113,6 +117,21 @@ def _node(
         {"plugin_version": version, "plugin_namespace": ""},
         dtype=value.dtype,
         shape=(batch, num_queries, num_heads, value.shape[3]),
+        version=1,
+    )
+    return output.flatten(2)
+
+
+def _own_node(
+    value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor, num_points: list[int]
+) -> Tensor:
+    sizes = torch.stack([_integer(side) for shape in shapes for side in shape]).view(len(shapes), 2)
+    output = torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{OWN_OP_TYPE}",
+        (value, sizes, locations.to(torch.float32), weights.to(value.dtype)),
+        {"plugin_version": "1", "plugin_namespace": OWN, "num_points": num_points},
+        dtype=value.dtype,
+        shape=(*weights.shape[:3], value.shape[3]),
         version=1,
     )
     return output.flatten(2)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from visionkernels.export._plugin import DOMAIN, OP_TYPE, VERSIONS
+from visionkernels.export._plugin import DOMAIN, OP_TYPE, OWN_OP_TYPE, VERSIONS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -149,7 +149,7 @@ def plugin_numpy(
 
 
 def reference_operators() -> list[Any]:
-    """Operators for `onnx.reference.ReferenceEvaluator(model, new_ops=...)`: the plugin's node, and GatherElements.
+    """Operators for `onnx.reference.ReferenceEvaluator(model, new_ops=...)`: both plugins' nodes, and GatherElements.
 
     onnx's own GatherElements ends at 64 rows.
     """
@@ -164,10 +164,23 @@ def reference_operators() -> list[Any]:
             raise ValueError(f"{OP_TYPE}: there is no version {plugin_version!r}")
         return (plugin_numpy(value, shapes, start, locations, weights),)
 
+    def run_own(self: Any, *inputs: Any, num_points: Any = None, **_: Any) -> tuple[Any]:
+        value, shapes, locations, weights = inputs
+        if not (shapes.dtype == "int32" and locations.dtype == "float32" and value.dtype == weights.dtype):
+            raise TypeError(f"{OWN_OP_TYPE}: {[str(one.dtype) for one in inputs]} are not the dtypes that it takes")
+        starts = np.concatenate([[0], shapes.prod(1).cumsum()])
+        output, first = np.zeros(()), 0
+        for level, points in enumerate(num_points):
+            part = slice(first, first + points)
+            one = (shapes[[level]], starts[[level]], locations[:, :, :, None, part], weights[:, :, :, None, part])
+            output, first = output + plugin_numpy(value.astype(np.float64), *one), first + points
+        return (np.asarray(output, value.dtype),)
+
     def run_gather(self: Any, data: Any, indices: Any, axis: int | None = None) -> tuple[Any]:
         return (np.take_along_axis(data, indices, axis or 0),)
 
     return [
         type(OP_TYPE, (OpRun,), {"op_domain": DOMAIN, "_run": run_plugin}),
+        type(OWN_OP_TYPE, (OpRun,), {"op_domain": DOMAIN, "_run": run_own}),
         type("GatherElements", (OpRun,), {"op_domain": "", "_run": run_gather}),
     ]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from visionkernels._checkpoint import one_line
 from visionkernels.errors import UserError
-from visionkernels.export import _plugin, _plugin_rules, _trace
+from visionkernels.export import _plugin, _plugin_rules, _trace, tensorrt_plugin
 from visionkernels.export.onnx import DEFAULT_OPSET, Exported, convert, names_of, require_onnx, save
 
 MAX_OPSET = 19  # from 20 on GridSample's mode has a name that TensorRT takes for nearest
@@ -44,7 +44,8 @@ def export(
         inputs: an example of each input; a size that is to stay open is at least 2 in it, and no two of them alike.
         path: the file, by convention `.onnx`.
         opset: 16 to 19.
-        plugin_version: "2" for TensorRT 10.11 and later, "1" for those before.
+        plugin_version: "2" for TensorRT 10.11 and later, "1" for those before; "visionkernels" for this package's own
+            kernel, with float32 coordinates: whoever builds the engine calls `tensorrt_plugin.register()` first.
         dynamic: the sizes that stay open: input name, axis, and a name for the size.
         outputs: a name for each output.
 
@@ -64,8 +65,9 @@ def export(
         raise UserError(
             f"opset: TensorRT takes opset {opset}'s name of GridSample's mode for nearest; use {MAX_OPSET} or less"
         )
-    if plugin_version not in _plugin.VERSIONS:
-        raise UserError(f"plugin_version: expected one of {_plugin.VERSIONS}, but it is {plugin_version!r}")
+    if plugin_version not in (*_plugin.VERSIONS, _plugin.OWN):
+        expected = (*_plugin.VERSIONS, _plugin.OWN)
+        raise UserError(f"plugin_version: expected one of {expected}, but it is {plugin_version!r}")
     start = time.perf_counter()
     traced = _trace.trace(model, inputs, dynamic, _plugin.lowered(plugin_version))
     if not traced.calls:
@@ -75,7 +77,9 @@ def export(
     if broken:
         raise UserError(f"model: the graph breaks a rule of the plugin: {broken[0]}")
     save(onnx_program, Path(path))
-    detail = f"opset {opset}, version {plugin_version} of {_plugin.OP_TYPE}"
+    own = plugin_version == _plugin.OWN
+    name = tensorrt_plugin.PLUGIN_ID if own else f"version {plugin_version} of {_plugin.OP_TYPE}"
+    detail = f"opset {opset}, {name}"
     return Exported(
         Path(path), "tensorrt", len(traced.calls), _trace.shapes(inputs, dynamic), names_of(onnx_program),
         time.perf_counter() - start, f"{detail}{_trace.limits(traced.program, dynamic)}",
