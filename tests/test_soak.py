@@ -41,7 +41,7 @@ def test_ten_seconds():
 
 @pytest.mark.gpu
 def test_on_a_gpu():
-    assert "held by PyTorch on the GPU" in run("cuda:0", "0.5")
+    assert "held by PyTorch on the GPU" in run("cuda:0", "1.5")  # until every kernel was compiled once, memory grows
 
 
 def test_memory_that_is_not_given_back_is_found(soak, monkeypatch, capsys):

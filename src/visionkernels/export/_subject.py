@@ -173,7 +173,7 @@ def of_checkpoint(model: str | Path | None, *, half: bool = False, open_image: b
     Raises:
         UserError: there is no such checkpoint, or it takes more than an image.
     """
-    from visionkernels._checkpoint import _load_processor
+    from visionkernels._checkpoint import load_processor
     from visionkernels._images import read_image
     from visionkernels.detection import SAMPLE_IMAGE, SHIPPED_MODEL
     from visionkernels.integrations.preview import _class_of
@@ -186,7 +186,7 @@ def of_checkpoint(model: str | Path | None, *, half: bool = False, open_image: b
             "inputs: visionkernels.export.onnx.export(model, inputs, path)"
         )
     try:
-        processor = _load_processor(folder)
+        processor = load_processor(folder)
         loaded = _class_of(folder, config).from_pretrained(folder, dtype=torch.float32).eval()
         pixels = processor(images=read_image(SAMPLE_IMAGE), return_tensors="pt")["pixel_values"]
     except (OSError, ValueError, ImportError, RuntimeError) as error:

@@ -134,9 +134,9 @@ def _print_check(found: Sequence[Comparison]) -> None:
 
 def be_quiet() -> None:
     """Leave stderr to the spinner and to errors: exporters warn of what a user can do nothing about."""
-    from visionkernels._detect_report import _silence_transformers
+    from visionkernels._detect_report import silence_transformers
 
-    _silence_transformers()
+    silence_transformers()
     logging.getLogger("torch").setLevel(logging.ERROR)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     logging.getLogger("onnxscript").setLevel(logging.ERROR)

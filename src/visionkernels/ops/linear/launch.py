@@ -31,10 +31,13 @@ def linear(
     tile: Tile | None = None,
 ) -> Tensor:
     """Launch a kernel, or PyTorch's where that is faster; ``tile`` overrules ``tile_of``."""
-    # PyTorch adds a residual in a pass of its own, which costs little beside cuBLAS but for few rows and for very many.
     rows, inner = prod(input.shape[:-1]), input.shape[-1]
-    adds = (residual is not None or scale is not None) and (rows >= 40_000 or (rows <= 512 and inner <= 2048))
-    if backend == "auto" and not pays(input, precision, fused=activation is not None or adds):
+    # A few hundred rows fill cuBLAS' tiles better, by more than a pass over the output takes.
+    activates = activation is not None and not 256 < rows <= 1024
+    # PyTorch adds a residual in a pass of its own, which costs little beside cuBLAS but for few rows and for very many.
+    adds = residual is not None or scale is not None
+    adds = adds and (rows >= 40_000 or (inner <= 2048 and (rows <= 512 or rows >= 16_384)))
+    if backend == "auto" and not pays(input, precision, fused=activates or adds):
         return cpu.linear(input, weight, bias, activation, residual, scale, precision)
     output = input.new_empty(*input.shape[:-1], weight.shape[0])
     _launch(output, input, weight, bias, activation, residual, scale, precision, False, tile)
