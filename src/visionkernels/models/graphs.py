@@ -41,12 +41,14 @@ class Captured:
         outputs: What they write.
         replay: Runs them.
         bytes: Memory that is held for it.
+        forward: What was captured; it keeps alive what the kernels read beside the pixels.
     """
 
     pixels: Tensor
     outputs: Any
     replay: Callable[[], None]
     bytes: int
+    forward: Forward | None = None
 
 
 def operators_are_traced() -> bool:
@@ -155,6 +157,7 @@ class GraphPool:
             pixels = torch.zeros(like.shape, dtype=dtype, device=like.device)
             pixels.copy_(like)  # numbers of the usual size, should a kernel choose by them
             captured = self._capture(forward, pixels)
+            captured.forward = forward
         if captured.bytes > limit:
             self._too_large.add((key, batch))
             return None
@@ -198,12 +201,12 @@ class CUDACapture:
             with torch.cuda.stream(self.stream):
                 forward(pixels)  # compiles kernels, and makes what is made once
             torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()  # as the capture does: else what it gives back would hide what it takes
             before = torch.cuda.memory_reserved(self.device)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 outputs = forward(pixels)
             grown = max(0, torch.cuda.memory_reserved(self.device) - before)
-            # `torch.cuda.graph` gives unused memory back first, so the growth alone may be too small.
             held = sum(_bytes(tensor) for tensor in (pixels, *outputs.tensors()))
             return Captured(pixels, outputs, graph.replay, max(grown, held))
 

@@ -26,6 +26,12 @@ from visionkernels.ops.patch_embedding.op import patch_embedding
 _SIZES_KEPT = 32  # image sizes whose positions are kept
 _BIAS_SHARE = 16  # relative position biases are kept if they take at most a 16th of the weights
 
+_SOURCES = ("class_tokens", "register_tokens", "position", "relative_position_bias_table")  # of positions
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
 
 class ViT(nn.Module):
     """A vision transformer on this package's operators, for inference.
@@ -36,7 +42,7 @@ class ViT(nn.Module):
     `torch.export` and a capture of the caller's, the operators run one by one; so they do with `cuda_graphs = False`
     and while a layer has hooks. While a graph is captured, in the first forward of its size, PyTorch refuses other
     threads random numbers on that GPU. `torch.autocast` changes nothing: the model computes in the dtype of its
-    weights. Products of float32 are exact unless `precision` allows less.
+    weights. The linear layers' products of float32 are exact unless `precision` allows less.
 
     Args:
         config: The model's shape.
@@ -85,6 +91,7 @@ class ViT(nn.Module):
         self.pixel_std: tuple[float, ...] | None = None
         self._positions: dict[tuple[int, int], Positions] = {}
         self._graphs = GraphPool()
+        self._known: list[tuple[dict[str, Any], str, Tensor, int | None]] | None = None
         with torch.inference_mode(False), torch.device(device or "cpu"):
             self._make(config)
         if dtype is not None:
@@ -209,21 +216,29 @@ class ViT(nn.Module):
         return self._run(pixel_values, output_hidden_states)
 
     def _run(self, pixel_values: Tensor, output_hidden_states: bool) -> ViTOutput:
+        if not operators_are_traced():
+            self._notice_changes()
         if not self.cuda_graphs or not GraphPool.applies(pixel_values) or self.layers.hooked:
             return self._encode(pixel_values, output_hidden_states)
         if pixel_values.dtype != torch.uint8 and pixel_values.dtype != self.dtype:
             dtype = self.dtype  # the copy into the graph's input converts
         else:
             dtype = pixel_values.dtype
-        options = (output_hidden_states, self.backend, self.precision)
-        return self._graphs.run(lambda pixels: self._encode(pixels, output_hidden_states), pixel_values, dtype, options)
+        options: tuple[Any, ...] = (output_hidden_states, self.backend, self.precision)
+        if dtype == torch.uint8:
+            options += (tuple(self.pixel_mean or ()), tuple(self.pixel_std or ()))
+        place = self._positions_of(self._grid_of(pixel_values))
+        forward = lambda pixels: self._encode(pixels, output_hidden_states, place)  # noqa: E731
+        return self._graphs.run(forward, pixel_values, dtype, options)
 
-    def _encode(self, pixel_values: Tensor, output_hidden_states: bool) -> ViTOutput:
+    def _grid_of(self, pixel_values: Tensor) -> tuple[int, int]:
+        patch = self.config.patch_size
+        return pixel_values.shape[2] // patch, pixel_values.shape[3] // patch
+
+    def _encode(self, pixel_values: Tensor, output_hidden_states: bool, place: Positions | None = None) -> ViTOutput:
         config = self.config
         options = Options(config.layer_norm_eps, config.activation, self.precision, self.backend)
-        place = self._positions_of(
-            (pixel_values.shape[2] // config.patch_size, pixel_values.shape[3] // config.patch_size)
-        )
+        place = place or self._positions_of(self._grid_of(pixel_values))
         normalised = pixel_values.dtype != torch.uint8
         x = patch_embedding(
             pixel_values,
@@ -274,10 +289,10 @@ class ViT(nn.Module):
                 f"pixel_values must be on {self.device} like the model, got {pixel_values.device}; move one with .to()"
             )
         self._check_size(pixel_values.shape[2], pixel_values.shape[3], "pixel_values")
-        if pixel_values.dtype == torch.uint8 and self.pixel_mean is None:
+        if pixel_values.dtype == torch.uint8 and (self.pixel_mean is None or self.pixel_std is None):
             raise ValueError(
                 "pixel_values must be floating numbers: uint8 pictures are normalised by the mean and deviation of a "
-                "preprocessor_config.json, and this model has none; set pixel_mean and pixel_std"
+                "preprocessor_config.json, and this model lacks one; set pixel_mean and pixel_std"
             )
         if pixel_values.dtype != torch.uint8 and not pixel_values.is_floating_point():
             raise TypeError(f"pixel_values must be floating numbers or uint8, got {pixel_values.dtype}")
@@ -289,6 +304,25 @@ class ViT(nn.Module):
             raise ValueError(
                 f"{name} must have a height and a width that are multiples of the patch size {patch}, "
                 f"got {height} x {width}"
+            )
+
+    def _notice_changes(self) -> None:
+        """Drop what was made from the weights if one is another now, or new values are in one of positions."""
+        known = self._known
+        if known is None or not all(
+            buffers.get(name) is tensor and (version is None or version == _version(tensor))
+            for buffers, name, tensor, version in known
+        ):
+            self._forget()
+            self._known = known = [
+                (module._buffers, name, tensor, _version(tensor) if name in _SOURCES else None)
+                for module in self.modules()
+                for name, tensor in module._buffers.items()
+                if tensor is not None
+            ]
+        if torch.is_grad_enabled():
+            _inference.refuse_gradients(
+                "ViT", *(tensor for _, _, tensor, _ in known), instead="the model of transformers"
             )
 
     def _forget(self) -> None:
@@ -309,7 +343,7 @@ class ViT(nn.Module):
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_positions": {}, "_graphs": None}
+        return self.__dict__ | {"_positions": {}, "_graphs": None, "_known": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -78,6 +78,13 @@ def test_epilogues(device, backend, activation, parts):
 
 
 @WAYS
+@pytest.mark.parametrize("shape", [((3,), 0, 8), ((3,), 8, 0), ((0,), 8, 8)], ids=str)
+def test_nothing_but_a_residual(device, backend, shape):
+    x, weight, _, residual, _ = inputs(shape, F32, device)
+    check((x, weight, None), None, residual, None, backend)
+
+
+@WAYS
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_gated_shapes(device, backend, dtype, shape):
     x, weight, bias, _, _ = inputs(shape, dtype, device, gated=True)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 def layer_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """``[..., C]``, contiguous; PyTorch's kernels have statistics in float32 for halves too."""
-    return F.layer_norm(input, input.shape[-1:], weight, bias, eps).contiguous()
+    # Under autocast PyTorch's is float32 on CUDA.
+    return F.layer_norm(input, input.shape[-1:], weight, bias, eps).to(input.dtype).contiguous()
 
 
 def add_layer_norm(

@@ -68,7 +68,7 @@ def _layer_norm_kernel(
             rounded = x.to(sum_ptr.dtype.element_ty)
             tl.store(sum_ptr + offs, rounded, mask=mask)
             x = rounded.to(ACC)
-        # Less the row's first value, so that equal values are exactly 0, and a large mean costs nothing.
+        # Less the row's first value, so that equal values are exactly 0, and a mean far from 0 costs no digits.
         x -= tl.sum(tl.where(offs_c[None, :] == 0, x, 0.0), 1, keep_dims=True)
         x = tl.where(mask_c[None, :], x, 0.0)
         mean = tl.sum(x, 1, keep_dims=True) / CHANNELS

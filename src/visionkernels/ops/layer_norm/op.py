@@ -14,8 +14,8 @@ def layer_norm(
 ) -> Tensor:
     """Layer normalisation over the last axis, for inference: ``(x - mean) / sqrt(variance + eps) * weight + bias``.
 
-    Mean and variance are float32 (float64 for float64); the variance is that of the centred values, so a mean far
-    larger than the deviation costs no digits. A row with a NaN or an infinity is NaN, as in PyTorch.
+    Mean and variance are float32 (float64 for float64), the variance that of the centred values. A row
+    with a NaN or an infinity is NaN, as in PyTorch.
 
     Args:
         input: ``[..., C]``, float64, float32, float16 or bfloat16; any strides.

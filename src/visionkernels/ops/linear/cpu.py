@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from visionkernels.ops._inference import rows_of
 
 
 def linear(
@@ -22,10 +25,10 @@ def linear(
     """``[..., F]``, contiguous, in as few kernels as PyTorch has for it."""
     with float32_precision(input, precision):
         if bias is None and activation is None and scale is None and residual is not None:
-            rows = residual.reshape(-1, residual.shape[-1])
-            return torch.addmm(rows, _rows(input), weight.t()).view(residual.shape)
+            rows = rows_of(residual)
+            return torch.addmm(rows, rows_of(input), weight.t()).view(residual.shape)
         if activation == "gelu_tanh" and bias is not None and _has_epilogue(input):
-            output = torch._addmm_activation(bias, _rows(input), weight.t(), use_gelu=True)
+            output = torch._addmm_activation(bias, rows_of(input), weight.t(), use_gelu=True)
             output = output.view(*input.shape[:-1], weight.shape[0])
         else:
             output = activate(F.linear(input, weight, bias), activation)
@@ -59,26 +62,28 @@ def _has_epilogue(input: Tensor) -> bool:
     return input.is_cuda and input.dtype != torch.float64 and input.numel() > 0
 
 
-def _rows(input: Tensor) -> Tensor:
-    return input.reshape(-1, input.shape[-1])
-
-
 @contextmanager
 def float32_precision(input: Tensor, precision: str) -> Iterator[None]:
-    """Have cuBLAS multiply float32 as ``precision`` says, whatever the process has set."""
+    """Have cuBLAS multiply float32 as ``precision`` says, whatever the process has set.
+
+    The setting is the process's: other threads that come here wait, and a product of theirs elsewhere may see it.
+    """
     if not (input.is_cuda and input.dtype == torch.float32):
         yield
         return
     settings, name, asked = _setting(precision)
-    before = getattr(settings, name)
-    if before == asked:
-        yield
-        return
-    setattr(settings, name, asked)
-    try:
-        yield
-    finally:
-        setattr(settings, name, before)
+    with _SETTING:
+        before = getattr(settings, name)
+        if before != asked:
+            setattr(settings, name, asked)
+        try:
+            yield
+        finally:
+            if before != asked:
+                setattr(settings, name, before)
+
+
+_SETTING = threading.RLock()
 
 
 def _setting(precision: str) -> tuple[object, str, object]:

@@ -1,0 +1,105 @@
+"""What is kept between forwards, graphs and positions, is not used for weights or settings of another time."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models.test_graphs import SIZE, FakeCapture
+from models.test_vit import CONFIGS, same
+from torch import Tensor, nn
+
+from visionkernels.models import ViT
+from visionkernels.models.graphs import Captured, GraphPool
+
+
+class FrozenCapture(FakeCapture):
+    """A replay gives what was computed at the capture, as a graph does whose numbers nobody changes in place."""
+
+    def __call__(self, forward: Callable[[Tensor], Any], pixels: Tensor) -> Captured:
+        self.batches.append(pixels.shape[0])
+        return Captured(pixels, forward(pixels), lambda: None, SIZE)
+
+
+@pytest.fixture
+def vit(monkeypatch: pytest.MonkeyPatch) -> ViT:
+    """A model on the CPU that takes its way through graphs."""
+    monkeypatch.setattr(GraphPool, "applies", staticmethod(lambda pixels: True))
+    model = ViT(CONFIGS["vit"])
+    model._graphs = GraphPool(max_bytes=10**9, capture=FrozenCapture())
+    model._graphs._given = model._graphs._capture
+    return model
+
+
+def eager(vit: ViT, pixels: Tensor) -> Any:
+    fresh = ViT(vit.config)
+    fresh.load_state_dict(vit.state_dict())
+    fresh.cuda_graphs = False
+    fresh.pixel_mean, fresh.pixel_std = vit.pixel_mean, vit.pixel_std
+    return fresh(pixels)
+
+
+@torch.no_grad()
+def test_positions_of_a_graph_outlive_those_that_are_kept(vit: ViT) -> None:
+    vit(torch.randn(1, 3, 32, 32))
+    prefix = weakref.ref(vit._positions[4, 4].prefix)
+    for width in range(5, 40):
+        vit.cuda_graphs = False
+        vit(torch.randn(1, 3, 32, 8 * width))
+    assert (4, 4) not in vit._positions
+    assert prefix() is not None
+
+
+@torch.no_grad()
+def test_another_mean_is_another_graph(vit: ViT) -> None:
+    pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    for mean, std in ((0.5, 0.5), (0.1, 0.5), (0.1, 0.2)):
+        vit.pixel_mean, vit.pixel_std = (mean,) * 3, (std,) * 3
+        same(vit(pixels), eager(vit, pixels))
+    vit.pixel_std = None
+    with pytest.raises(ValueError, match="set pixel_mean and pixel_std"):
+        vit(pixels)
+
+
+def _replace(vit: ViT, other: ViT) -> None:
+    vit.layers[0].fc1.weight = other.layers[0].fc1.weight
+
+
+def _load_parent(vit: ViT, other: ViT) -> None:
+    nn.Sequential(vit).load_state_dict(nn.Sequential(other).state_dict(), assign=True)
+
+
+def _copy_position(vit: ViT, other: ViT) -> None:
+    vit.position.copy_(other.position)
+
+
+@pytest.mark.parametrize("change", [_replace, _load_parent, _copy_position])
+@torch.no_grad()
+def test_weights_that_change(vit: ViT, change: Callable[[ViT, ViT], None]) -> None:
+    pixels = torch.randn(1, 3, 32, 32)
+    before = vit(pixels).last_hidden_state
+    change(vit, ViT(vit.config))
+    same(vit(pixels), eager(vit, pixels))
+    assert not torch.equal(vit(pixels).last_hidden_state, before)
+
+
+@torch.no_grad()
+def test_weights_of_a_functional_call(vit: ViT) -> None:
+    pixels, other = torch.randn(1, 3, 32, 32), ViT(vit.config)
+    vit(pixels)
+    got = torch.func.functional_call(vit, dict(other.named_buffers()), (pixels,))
+    same(got, eager(other, pixels))
+    same(vit(pixels), eager(vit, pixels))
+
+
+def test_a_weight_that_wants_a_gradient_is_refused(vit: ViT) -> None:
+    pixels = torch.randn(1, 3, 32, 32)
+    vit(pixels)
+    vit.layers[0].fc1.weight.requires_grad_()
+    with pytest.raises(RuntimeError, match="ViT computes no gradients"):
+        vit(pixels)
+    with torch.no_grad():
+        vit(pixels)
