@@ -21,13 +21,14 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it once to
 _library = torch.library.Library("visionkernels", "FRAGMENT")
 
 
-def register(schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def register(schema: str, *, module: str, pytorch: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Define an operator without a derivative in the namespace ``visionkernels``.
 
     Args:
-        schema: name, arguments and results, as ``torch.library`` writes them.
-        cpu: the implementation for CPU tensors.
-        cuda: the implementation for CUDA tensors.
+        schema: name, arguments and results, as ``torch.library`` writes them; the last argument is ``str backend``.
+        module: its package under ``visionkernels.ops``, whose module ``launch`` has a function of the operator's name
+            and arguments.
+        pytorch: computes it by PyTorch's kernels, from all arguments but ``backend``.
         fake: empty results of the right shapes, dtypes and (contiguous) strides.
 
     Returns:
@@ -35,12 +36,23 @@ def register(schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], 
     """
     name = schema.partition("(")[0]
 
+    def on_cpu(*arguments: Any) -> Any:
+        *inputs, backend = arguments
+        return by_kernels(*arguments) if backend == "triton" else pytorch(*inputs)  # under Triton's interpreter
+
+    def on_cuda(*arguments: Any) -> Any:
+        *inputs, backend = arguments
+        return pytorch(*inputs) if backend == "pytorch" else by_kernels(*arguments)
+
+    def by_kernels(*arguments: Any) -> Any:
+        return getattr(launch_of(module), name)(*arguments)
+
     def no_backward(ctx: Any, *gradients: Tensor) -> None:
         raise RuntimeError(f"visionkernels::{name} computes no gradients: call it under torch.no_grad()")
 
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, cpu, "CPU")
-    _library.impl(name, cuda, "CUDA")
+    _library.impl(name, on_cpu, "CPU")
+    _library.impl(name, on_cuda, "CUDA")
     torch.library.register_fake(f"visionkernels::{name}", fake, lib=_library)
     torch.library.register_autograd(f"visionkernels::{name}", no_backward, lib=_library)
     return getattr(torch.ops.visionkernels, name).default
@@ -181,7 +193,15 @@ def on_device(device: torch.device) -> Any:
     return torch.cuda.device(device)
 
 
-def launch(kernel: Any, programs: int, arguments: Sequence[Any], options: dict[str, Any], device: torch.device) -> None:
+def launch(
+    kernel: Any,
+    programs: int,
+    arguments: Sequence[Any],
+    device: torch.device,
+    *,
+    early: bool = False,
+    **options: int,
+) -> None:
     """Launch a Triton kernel.
 
     A launch that differs from an earlier one in addresses alone goes straight to the compiled kernel: Triton's own
@@ -191,9 +211,12 @@ def launch(kernel: Any, programs: int, arguments: Sequence[Any], options: dict[s
         kernel: the kernel.
         programs: how many programs run.
         arguments: all of its arguments, constexprs too, in their order.
-        options: ``num_warps`` and so on.
         device: where its tensors are.
+        early: begin while the kernel before still runs (programmatic dependent launch); the kernel waits for it.
+        options: ``num_warps`` and so on.
     """
+    if early:
+        options["launch_pdl"] = True
     grid = (programs, 1, 1)
     key = (kernel, programs, device, *options.items(), *map(_what_is_compiled, arguments))
     runner = _runners.get(key)

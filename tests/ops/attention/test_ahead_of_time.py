@@ -107,7 +107,7 @@ def test_reads_are_wide_and_ahead(budget, record, tokens):
 def test_dependent_launch(budget, record):
     from visionkernels.ops.attention import launch
 
-    recorded = record(tile=launch.Tile(64, 32, 4, 3, dependent=True))
+    recorded = record(tile=launch.Tile(64, 32, 4, 3, early=True))
     assert recorded[2]["launch_pdl"]
     ptx = check(budget, recorded, "sm_90").asm["ptx"]
     assert ptx.index("griddepcontrol.wait") < ptx.index("griddepcontrol.launch_dependents")

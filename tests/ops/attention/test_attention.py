@@ -250,29 +250,26 @@ def test_packed(backend, options):
     )
 
 
-@pytest.mark.parametrize(
-    "changes", [{"peel": True}, {"overlap": True}, {"short": 16}, {"short": 16, "overlap": True}], ids=str
-)
 @pytest.mark.parametrize("tokens", [7, 16, 64, 65, 70, 90])
-def test_tiles(backend, changes, tokens):
-    """Every way to walk the keys gives the same."""
+def test_tiles(backend, tokens):
+    """Either way to walk the keys gives the same."""
     if backend.name not in ("triton", "interpreter"):
         pytest.skip("PyTorch's kernels have no tiles")
     from visionkernels.ops.attention import launch
 
     inputs = [x.to(backend.device) for x in make(1, tokens, 2, 80)]
     tile = launch.Tile(32, 32, 4, 2)
-    plain, other = (launch.forward(*inputs, 0.1, tile=t) for t in (tile, tile._replace(**changes)))
+    plain, other = (launch.forward(*inputs, 0.1, tile=t) for t in (tile, tile._replace(peel=True)))
     torch.testing.assert_close(plain, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dependent", [False, True])
-def test_in_a_cuda_graph(dependent):
+@pytest.mark.parametrize("early", [False, True])
+def test_in_a_cuda_graph(early):
     """Replayed on other numbers; with dependent launches a kernel starts while the one before still writes."""
     from visionkernels.ops.attention import launch
 
-    tile = launch.choose_tile(197, 24, 64, 2, False, True)._replace(dependent=dependent)
+    tile = launch.choose_tile(197, 24, 64, 2, False, True)._replace(early=early)
     qkv = torch.randn(2, 197, 3, 12, 64, device="cuda", dtype=F16)
 
     def chain(x):

@@ -91,7 +91,7 @@ def test_patch_sizes(budget, record, size, channels_last):
 def test_dependent_launch(budget, record):
     from visionkernels.ops.patch_embedding import launch
 
-    recorded = record(tile=launch.Tile(64, 64, 64, 4, 4, dependent=True))
+    recorded = record(tile=launch.Tile(64, 64, 64, 4, 4, early=True))
     assert recorded[2]["launch_pdl"]
     ptx = check(budget, recorded, "sm_90").asm["ptx"]
     assert ptx.index("griddepcontrol.wait") < ptx.index("griddepcontrol.launch_dependents")

@@ -139,7 +139,7 @@ def _attend(
     HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, BLOCK_LOW: tl.constexpr, BLOCK_HIGH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STRIDE_BIAS_N: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_ROTARY: tl.constexpr, WINDOW: tl.constexpr, ALIGNMENT: tl.constexpr, INDEX: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, PEEL: tl.constexpr, OVERLAP: tl.constexpr, SHORT: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of a head, from ``first_query`` on, against all its keys."""
     offs_query = first_query + tl.arange(0, BLOCK_M)
@@ -163,70 +163,29 @@ def _attend(
                 query_low, query_high, cos_ptr, sin_ptr, offs_place, mask_query, num_prefix_tokens,
                 HEAD_DIM, SPLIT, BLOCK_LOW,
             )  # fmt: skip
-    bound = num_tokens
-    if SHORT > 0:
-        remainder = num_tokens % BLOCK_N
-        has_short = (remainder > 0) & (remainder <= SHORT) & (num_tokens > BLOCK_N)
-        bound = num_tokens - (remainder if has_short else 0)
-    last = (bound - 1) // BLOCK_N * BLOCK_N
-    if OVERLAP:
+    last = (num_tokens - 1) // BLOCK_N * BLOCK_N
+    for start in tl.range(0, last if PEEL else num_tokens, BLOCK_N):
         scores = _score(
-            query_low, query_high, key_ptr, cos_ptr, sin_ptr, stride_key_n, 0, bound, num_prefix_tokens,
+            query_low, query_high, key_ptr, cos_ptr, sin_ptr, stride_key_n, start, num_tokens, num_prefix_tokens,
+            first_row, first_column, grid_width, window_width, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH, BLOCK_N,
+            HAS_ROTARY, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, not PEEL,
+        )  # fmt: skip
+        peak, total, acc_low, acc_high = _add(
+            scores, peak, total, acc_low, acc_high, value_ptr, bias_ptrs, stride_value_n, scale, start, num_tokens,
+            first_row, first_column, grid_width, window_width, mask_query, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH,
+            BLOCK_N, STRIDE_BIAS_N, HAS_BIAS, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, not PEEL,
+        )  # fmt: skip
+    if PEEL:
+        scores = _score(
+            query_low, query_high, key_ptr, cos_ptr, sin_ptr, stride_key_n, last, num_tokens, num_prefix_tokens,
             first_row, first_column, grid_width, window_width, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH, BLOCK_N,
             HAS_ROTARY, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, True,
         )  # fmt: skip
-        for start in tl.range(0, last, BLOCK_N):
-            next_scores = _score(
-                query_low, query_high, key_ptr, cos_ptr, sin_ptr, stride_key_n, start + BLOCK_N, bound,
-                num_prefix_tokens, first_row, first_column, grid_width, window_width, HEAD_DIM, SPLIT, BLOCK_LOW,
-                BLOCK_HIGH, BLOCK_N, HAS_ROTARY, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, True,
-            )  # fmt: skip
-            peak, total, acc_low, acc_high = _add(
-                scores, peak, total, acc_low, acc_high, value_ptr, bias_ptrs, stride_value_n, scale, start, bound,
-                first_row, first_column, grid_width, window_width, mask_query, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH,
-                BLOCK_N, STRIDE_BIAS_N, HAS_BIAS, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, False,
-            )  # fmt: skip
-            scores = next_scores
         peak, total, acc_low, acc_high = _add(
-            scores, peak, total, acc_low, acc_high, value_ptr, bias_ptrs, stride_value_n, scale, last, bound,
+            scores, peak, total, acc_low, acc_high, value_ptr, bias_ptrs, stride_value_n, scale, last, num_tokens,
             first_row, first_column, grid_width, window_width, mask_query, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH,
             BLOCK_N, STRIDE_BIAS_N, HAS_BIAS, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, True,
         )  # fmt: skip
-    else:
-        for start in tl.range(0, last if PEEL else bound, BLOCK_N):
-            scores = _score(
-                query_low, query_high, key_ptr, cos_ptr, sin_ptr, stride_key_n, start, bound, num_prefix_tokens,
-                first_row, first_column, grid_width, window_width, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH, BLOCK_N,
-                HAS_ROTARY, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, not PEEL,
-            )  # fmt: skip
-            peak, total, acc_low, acc_high = _add(
-                scores, peak, total, acc_low, acc_high, value_ptr, bias_ptrs, stride_value_n, scale, start, bound,
-                first_row, first_column, grid_width, window_width, mask_query, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH,
-                BLOCK_N, STRIDE_BIAS_N, HAS_BIAS, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, not PEEL,
-            )  # fmt: skip
-        if PEEL:
-            scores = _score(
-                query_low, query_high, key_ptr, cos_ptr, sin_ptr, stride_key_n, last, bound, num_prefix_tokens,
-                first_row, first_column, grid_width, window_width, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH,
-                BLOCK_N, HAS_ROTARY, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, True,
-            )  # fmt: skip
-            peak, total, acc_low, acc_high = _add(
-                scores, peak, total, acc_low, acc_high, value_ptr, bias_ptrs, stride_value_n, scale, last, bound,
-                first_row, first_column, grid_width, window_width, mask_query, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH,
-                BLOCK_N, STRIDE_BIAS_N, HAS_BIAS, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, True,
-            )  # fmt: skip
-    if SHORT > 0:  # noqa: SIM102  (the outer one is decided when compiling)
-        if has_short:
-            rest = _score(
-                query_low, query_high, key_ptr, cos_ptr, sin_ptr, stride_key_n, bound, num_tokens, num_prefix_tokens,
-                first_row, first_column, grid_width, window_width, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH, SHORT,
-                HAS_ROTARY, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, True,
-            )  # fmt: skip
-            peak, total, acc_low, acc_high = _add(
-                rest, peak, total, acc_low, acc_high, value_ptr, bias_ptrs, stride_value_n, scale, bound, num_tokens,
-                first_row, first_column, grid_width, window_width, mask_query, HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH,
-                SHORT, STRIDE_BIAS_N, HAS_BIAS, WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, True,
-            )  # fmt: skip
 
     # A row that sees no key adds up to 0, and is 0; NaN is none of these.
     factor = 1 / tl.where(total == 0, 1.0, total)
@@ -292,9 +251,7 @@ def _attention_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     PEEL: tl.constexpr,  # the last keys have a step of their own, and only that one masks
-    OVERLAP: tl.constexpr,  # the same, and the products of a step run while the softmax of the one before does
-    SHORT: tl.constexpr,  # a rest of up to this many queries or keys has a smaller block; 0: it does not
-    DEPENDENT: tl.constexpr,  # launched while the kernel before still runs
+    EARLY: tl.constexpr,  # launched while the kernel before still runs
 ):
     num_blocks = tl.cdiv(num_tokens, BLOCK_M)
     pid = tl.program_id(0)
@@ -318,31 +275,13 @@ def _attention_kernel(
     key_ptr += tl.multiple_of(pid_b * stride_key_b + pid_h.to(tl.int64) * stride_key_h, ALIGNMENT)
     value_ptr += tl.multiple_of(pid_b * stride_value_b + pid_h.to(tl.int64) * stride_value_h, ALIGNMENT)
     first_query = pid_m * BLOCK_M
-    if DEPENDENT:
+    if EARLY:
         gdc_wait()
         gdc_launch_dependents()  # they wait as well, until this kernel has ended
-    if SHORT > 0:
-        if num_tokens - first_query <= SHORT:
-            _attend(
-                query_ptr, key_ptr, value_ptr, bias_ptr, cos_ptr, sin_ptr, output_ptr,
-                stride_query_n, stride_key_n, stride_value_n, stride_bias_m, scale, num_heads, num_tokens,
-                num_prefix_tokens, first_query, first_token, first_row, first_column, grid_width, window_width,
-                HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH, SHORT, BLOCK_N, STRIDE_BIAS_N, HAS_BIAS, HAS_ROTARY,
-                WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, PEEL, OVERLAP, SHORT,
-            )  # fmt: skip
-        else:
-            _attend(
-                query_ptr, key_ptr, value_ptr, bias_ptr, cos_ptr, sin_ptr, output_ptr,
-                stride_query_n, stride_key_n, stride_value_n, stride_bias_m, scale, num_heads, num_tokens,
-                num_prefix_tokens, first_query, first_token, first_row, first_column, grid_width, window_width,
-                HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH, BLOCK_M, BLOCK_N, STRIDE_BIAS_N, HAS_BIAS, HAS_ROTARY,
-                WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, PEEL, OVERLAP, SHORT,
-            )  # fmt: skip
-    else:
-        _attend(
-            query_ptr, key_ptr, value_ptr, bias_ptr, cos_ptr, sin_ptr, output_ptr,
-            stride_query_n, stride_key_n, stride_value_n, stride_bias_m, scale, num_heads, num_tokens,
-            num_prefix_tokens, first_query, first_token, first_row, first_column, grid_width, window_width,
-            HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH, BLOCK_M, BLOCK_N, STRIDE_BIAS_N, HAS_BIAS, HAS_ROTARY,
-            WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, PEEL, OVERLAP, SHORT,
-        )  # fmt: skip
+    _attend(
+        query_ptr, key_ptr, value_ptr, bias_ptr, cos_ptr, sin_ptr, output_ptr,
+        stride_query_n, stride_key_n, stride_value_n, stride_bias_m, scale, num_heads, num_tokens,
+        num_prefix_tokens, first_query, first_token, first_row, first_column, grid_width, window_width,
+        HEAD_DIM, SPLIT, BLOCK_LOW, BLOCK_HIGH, BLOCK_M, BLOCK_N, STRIDE_BIAS_N, HAS_BIAS, HAS_ROTARY,
+        WINDOW, ALIGNMENT, INDEX, PRECISION, UPCAST, PEEL,
+    )  # fmt: skip

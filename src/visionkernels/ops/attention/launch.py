@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from visionkernels.ops._inference import INTERPRET, launch
-from visionkernels.ops.attention import kernels
+from visionkernels.ops.attention import cpu, kernels
 
 MAX_INT32 = 2**31 - 1
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -26,9 +26,7 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     peel: bool = False  # mask only in the last step, which then waits for its keys
-    overlap: bool = False  # a step's products run while the softmax of the one before does; masks as ``peel``
-    short: int = 0  # a rest of up to this many queries or keys (tokens are a square and one) has a smaller block
-    dependent: bool = False  # begin while the kernel before still runs (Programmatic Dependent Launch)
+    early: bool = False  # begin while the kernel before still runs
 
 
 def has_kernel(query: Tensor) -> bool:
@@ -84,8 +82,16 @@ def choose_tile(num_tokens: int, groups: int, head_dim: int, itemsize: int, busy
         return Tile(64, 64, 4, 3, peel=True) if hopper else Tile(128, 64, 8, 3, peel=True)
     if hopper and num_tokens > 32:  # small steps: fewer keys beyond the last one are computed
         few = groups * math.ceil(num_tokens / 64) <= 1024
-        return Tile(64, 32, 4, 5, dependent=True) if few else Tile(64, 32, 4, 3)
+        return Tile(64, 32, 4, 5, early=True) if few else Tile(64, 32, 4, 3)
     return Tile(block_m, 64 if num_tokens > 32 else 32, 4, 3)
+
+
+def attention(*arguments: Any) -> Tensor:
+    """Launch the kernel, or PyTorch's where that is faster; arguments as the operator's."""
+    *inputs, backend = arguments
+    if backend == "auto" and not pays(*inputs):
+        return cpu.forward(*inputs)
+    return forward(*inputs)
 
 
 def forward(
@@ -144,12 +150,12 @@ def forward(
         head_dim, split, _padded(split), _padded(head_dim - split), tile.block_m, tile.block_n,
         bias_strides[3], bias is not None, cos is not None, window is not None,
         math.gcd(16, *strides), tl.int32 if reach <= MAX_INT32 else tl.int64,
-        "ieee", INTERPRET and query.dtype == torch.bfloat16, tile.peel, tile.overlap, tile.short, tile.dependent,
+        "ieee", INTERPRET and query.dtype == torch.bfloat16, tile.peel, tile.early,
     )  # fmt: skip
-    options: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    if tile.dependent:
-        options["launch_pdl"] = True
-    launch(kernels._attention_kernel, math.ceil(attending / tile.block_m) * groups, arguments, options, query.device)
+    launch(
+        kernels._attention_kernel, math.ceil(attending / tile.block_m) * groups, arguments, query.device,
+        early=tile.early, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
     return output
 
 

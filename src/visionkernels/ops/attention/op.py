@@ -11,27 +11,6 @@ from visionkernels.ops import _inference
 from visionkernels.ops.attention import checks, cpu
 
 
-def _forward_cpu(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None, cos: Tensor | None,
-    sin: Tensor | None, num_prefix_tokens: int, window: Sequence[int] | None, backend: str,
-) -> Tensor:  # fmt: skip
-    arguments = (query, key, value, scale, bias, cos, sin, num_prefix_tokens, window)
-    if backend == "triton":  # under Triton's interpreter
-        return _inference.launch_of("attention").forward(*arguments)
-    return cpu.forward(*arguments)
-
-
-def _forward_cuda(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None, cos: Tensor | None,
-    sin: Tensor | None, num_prefix_tokens: int, window: Sequence[int] | None, backend: str,
-) -> Tensor:  # fmt: skip
-    arguments = (query, key, value, scale, bias, cos, sin, num_prefix_tokens, window)
-    if backend == "pytorch":
-        return cpu.forward(*arguments)
-    launch = _inference.launch_of("attention")
-    return (launch.forward if backend == "triton" or launch.pays(*arguments) else cpu.forward)(*arguments)
-
-
 def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
     return query.new_empty(query.shape)
 
@@ -39,8 +18,8 @@ def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tens
 FORWARD = _inference.register(
     "attention(Tensor query, Tensor key, Tensor value, float scale, Tensor? bias, Tensor? cos, Tensor? sin, "
     "SymInt num_prefix_tokens, SymInt[]? window, str backend) -> Tensor",
-    cpu=_forward_cpu,
-    cuda=_forward_cuda,
+    module="attention",
+    pytorch=cpu.forward,
     fake=_forward_fake,
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -117,9 +117,6 @@ def _launch(
     residual_rows = None if residual is None else rows_of(residual)
     weight, bias, scale, input_bias = (t if t is None else t.contiguous() for t in (weight, bias, scale, input_bias))
     tile = tile or tile_of(rows.shape[0], channels, device_of(input.device))
-    options: dict[str, Any] = {"num_warps": tile.num_warps}
-    if tile.early:
-        options["launch_pdl"] = True
     arguments = (
         output, total, rows, residual_rows, weight, bias, scale, input_bias,
         rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), rows.shape[0],
@@ -127,5 +124,6 @@ def _launch(
         tile.rows, tile.loop, triton.next_power_of_2(channels), tile.early,
     )  # fmt: skip
     launch(
-        kernels._layer_norm_kernel, triton.cdiv(rows.shape[0], tile.rows * tile.loop), arguments, options, input.device
-    )
+        kernels._layer_norm_kernel, triton.cdiv(rows.shape[0], tile.rows * tile.loop), arguments, input.device,
+        early=tile.early, num_warps=tile.num_warps,
+    )  # fmt: skip

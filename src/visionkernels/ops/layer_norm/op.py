@@ -118,72 +118,24 @@ def check_eps(eps: float) -> None:
         raise ValueError(f"eps must be a finite number of at least 0, got {eps}")
 
 
-def _layer_norm_cpu(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str) -> Tensor:
-    if backend == "triton":
-        return _inference.launch_of("layer_norm").layer_norm(input, weight, bias, eps, backend)
-    return cpu.layer_norm(input, weight, bias, eps)
-
-
-def _layer_norm_cuda(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str) -> Tensor:
-    if backend == "pytorch":
-        return cpu.layer_norm(input, weight, bias, eps)
-    return _inference.launch_of("layer_norm").layer_norm(input, weight, bias, eps, backend)
-
-
-def _layer_norm_fake(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str) -> Tensor:
+def _layer_norm_fake(input: Tensor, *_: object) -> Tensor:
     return input.new_empty(input.shape)
 
 
-def _add_layer_norm_cpu(
-    input: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    scale: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    if backend == "triton":
-        return _inference.launch_of("layer_norm").add_layer_norm(input, residual, weight, bias, eps, scale, backend)
-    return cpu.add_layer_norm(input, residual, weight, bias, eps, scale)
-
-
-def _add_layer_norm_cuda(
-    input: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    scale: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    if backend == "pytorch":
-        return cpu.add_layer_norm(input, residual, weight, bias, eps, scale)
-    return _inference.launch_of("layer_norm").add_layer_norm(input, residual, weight, bias, eps, scale, backend)
-
-
-def _add_layer_norm_fake(
-    input: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    scale: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _add_layer_norm_fake(input: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return input.new_empty(input.shape), input.new_empty(input.shape)
 
 
 LAYER_NORM = _inference.register(
     "layer_norm(Tensor input, Tensor? weight, Tensor? bias, float eps, str backend) -> Tensor",
-    cpu=_layer_norm_cpu,
-    cuda=_layer_norm_cuda,
+    module="layer_norm",
+    pytorch=cpu.layer_norm,
     fake=_layer_norm_fake,
 )
 ADD_LAYER_NORM = _inference.register(
     "add_layer_norm(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, float eps, Tensor? scale, str backend)"
     " -> (Tensor, Tensor)",
-    cpu=_add_layer_norm_cpu,
-    cuda=_add_layer_norm_cuda,
+    module="layer_norm",
+    pytorch=cpu.add_layer_norm,
     fake=_add_layer_norm_fake,
 )

@@ -103,11 +103,35 @@ def _launch(
             rows.shape[0], columns.shape[1], device_of(input.device),
             kind=kind(input, precision), gated=gated, tma=all(map(tma_reads, matrices)),
         )  # fmt: skip
-    run = _launch_tma if tile.tma else _launch_pointers
-    options: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    if tile.early:
-        options["launch_pdl"] = True
-    run(columns, rows, weight, bias, activation, residual, scale, precision, gated, tile, options)
+    (num_rows, num_columns), num_inner = columns.shape, rows.shape[1]
+    block_k = _block_k(tile, rows)
+    tiles = triton.cdiv(num_rows, tile.block_m) * triton.cdiv(num_columns, tile.block_n)
+    half, rest = rows.element_size() == 2, (num_rows, num_columns, num_inner, activation, gated, precision)
+    blocks = (tile.block_m, tile.block_n, block_k, tile.group_m)
+    arguments: tuple[Any, ...]
+    if tile.tma:
+        kernel, programs = kernels._linear_tma_kernel, device_of(rows.device).multiprocessors * tile.programs
+        block = [tile.block_m, tile.block_n // tile.parts]
+        arguments = (
+            descriptor(columns, block), descriptor(rows, [tile.block_m, block_k]),
+            descriptor(weight, [tile.block_n, block_k]), bias,
+            None if residual is None else descriptor(residual, block), scale, *rest,
+            half, *blocks, tile.parts, tile.flatten, tile.warp_specialize, tile.early,
+        )  # fmt: skip
+    else:
+        kernel, programs = kernels._linear_kernel, tiles
+        # The interpreter multiplies no bfloat16; products of halves are exact in float32 either way.
+        factor = tl.float32 if INTERPRET and half else _TYPES[rows.dtype]
+        arguments = (
+            columns, rows, weight, bias, residual, scale,
+            rows.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0), *rest,
+            tl.float64 if rows.dtype == torch.float64 else tl.float32, factor,
+            num_inner % block_k == 0, half, *blocks, tile.early, 128 // rows.element_size(),
+        )  # fmt: skip
+    launch(
+        kernel, min(tiles, programs), arguments, rows.device,
+        early=tile.early, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
 
 
 def tma_reads(matrix: Tensor) -> bool:
@@ -116,64 +140,6 @@ def tma_reads(matrix: Tensor) -> bool:
     aligned = matrix.data_ptr() % ALIGNMENT == 0 and matrix.stride(0) * size % ALIGNMENT == 0
     # A stride of 0 is one that TMA cannot step by, and of a matrix without elements nothing is read.
     return aligned and matrix.stride(0) > 0 and matrix.numel() > 0 and max(matrix.shape) <= MAX_INT32
-
-
-def _launch_pointers(
-    output: Tensor,
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    precision: str,
-    gated: bool,
-    tile: Tile,
-    options: dict[str, Any],
-) -> None:
-    (num_rows, num_columns), num_inner = output.shape, rows.shape[1]
-    block_k = _block_k(tile, rows)
-    # The interpreter multiplies no bfloat16; products of halves are exact in float32 either way.
-    factor = tl.float32 if INTERPRET and rows.element_size() == 2 else _TYPES[rows.dtype]
-    programs = triton.cdiv(num_rows, tile.block_m) * triton.cdiv(num_columns, tile.block_n)
-    arguments = (
-        output, rows, weight, bias, residual, scale,
-        rows.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0),
-        num_rows, num_columns, num_inner,
-        activation, gated, precision, tl.float64 if rows.dtype == torch.float64 else tl.float32, factor,
-        num_inner % block_k == 0, rows.element_size() == 2, tile.block_m, tile.block_n, block_k, tile.group_m,
-        tile.early, 128 // rows.element_size(),
-    )  # fmt: skip
-    launch(kernels._linear_kernel, programs, arguments, options, rows.device)
-
-
-def _launch_tma(
-    output: Tensor,
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    precision: str,
-    gated: bool,
-    tile: Tile,
-    options: dict[str, Any],
-) -> None:
-    (num_rows, num_columns), num_inner = output.shape, rows.shape[1]
-    block_k = _block_k(tile, rows)
-    block = [tile.block_m, tile.block_n // tile.parts]
-    tiles = triton.cdiv(num_rows, tile.block_m) * triton.cdiv(num_columns, tile.block_n)
-    programs = min(tiles, device_of(rows.device).multiprocessors * tile.programs)
-    arguments = (
-        descriptor(output, block), descriptor(rows, [tile.block_m, block_k]),
-        descriptor(weight, [tile.block_n, block_k]), bias,
-        None if residual is None else descriptor(residual, block), scale,
-        num_rows, num_columns, num_inner,
-        activation, gated, precision, rows.element_size() == 2, tile.block_m, tile.block_n, block_k, tile.group_m,
-        tile.parts, tile.flatten, tile.warp_specialize, tile.early,
-    )  # fmt: skip
-    launch(kernels._linear_tma_kernel, programs, arguments, options, rows.device)
 
 
 _TYPES = {

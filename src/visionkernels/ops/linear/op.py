@@ -130,82 +130,24 @@ def check_linear(
     return input, weight, bias
 
 
-def _linear_cpu(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    precision: str,
-    backend: str,
-) -> Tensor:
-    if backend == "triton":
-        return _linear_cuda(input, weight, bias, activation, residual, scale, precision, backend)
-    return cpu.linear(input, weight, bias, activation, residual, scale, precision)
-
-
-def _linear_cuda(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    precision: str,
-    backend: str,
-) -> Tensor:
-    if backend == "pytorch":
-        return cpu.linear(input, weight, bias, activation, residual, scale, precision)
-    launch = _inference.launch_of("linear")
-    return launch.linear(input, weight, bias, activation, residual, scale, precision, backend)
-
-
-def _linear_fake(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    precision: str,
-    backend: str,
-) -> Tensor:
+def _linear_fake(input: Tensor, weight: Tensor, *_: object) -> Tensor:
     return input.new_empty(*input.shape[:-1], weight.shape[0])
 
 
-def _gated_linear_cpu(
-    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, precision: str, backend: str
-) -> Tensor:
-    if backend == "triton":
-        return _gated_linear_cuda(input, weight, bias, activation, precision, backend)
-    return cpu.gated_linear(input, weight, bias, activation, precision)
-
-
-def _gated_linear_cuda(
-    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, precision: str, backend: str
-) -> Tensor:
-    if backend == "pytorch":
-        return cpu.gated_linear(input, weight, bias, activation, precision)
-    return _inference.launch_of("linear").gated_linear(input, weight, bias, activation, precision, backend)
-
-
-def _gated_linear_fake(
-    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, precision: str, backend: str
-) -> Tensor:
+def _gated_linear_fake(input: Tensor, weight: Tensor, *_: object) -> Tensor:
     return input.new_empty(*input.shape[:-1], weight.shape[0] // 2)
 
 
 LINEAR = _inference.register(
     "linear(Tensor input, Tensor weight, Tensor? bias, str? activation, Tensor? residual, Tensor? scale,"
     " str precision, str backend) -> Tensor",
-    cpu=_linear_cpu,
-    cuda=_linear_cuda,
+    module="linear",
+    pytorch=cpu.linear,
     fake=_linear_fake,
 )
 GATED_LINEAR = _inference.register(
     "gated_linear(Tensor input, Tensor weight, Tensor? bias, str? activation, str precision, str backend) -> Tensor",
-    cpu=_gated_linear_cpu,
-    cuda=_gated_linear_cuda,
+    module="linear",
+    pytorch=cpu.gated_linear,
     fake=_gated_linear_fake,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -85,8 +85,8 @@ def _multiply(rows: Tensor, weight: Tensor, split: Split) -> Tensor:
         linear_launch.descriptor(weight, [split.block_n, split.block_k]),
         num_rows, num_columns, num_inner, split.parts, split.block_m, split.block_n, split.block_k, split.early,
     )  # fmt: skip
-    options: dict[str, Any] = {"num_warps": split.num_warps, "num_stages": split.num_stages}
-    if split.early:
-        options["launch_pdl"] = True
-    launch(kernels._linear_parts_kernel, tiles * split.parts, arguments, options, rows.device)
+    launch(
+        kernels._linear_parts_kernel, tiles * split.parts, arguments, rows.device,
+        early=split.early, num_warps=split.num_warps, num_stages=split.num_stages,
+    )  # fmt: skip
     return parts

@@ -73,43 +73,6 @@ def linear_add_layer_norm(
     return LINEAR_ADD_LAYER_NORM(input, weight, bias, residual, norm_weight, norm_bias, eps, scale, precision, backend)
 
 
-def _cpu(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    scale: Tensor | None,
-    precision: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    if backend == "triton":
-        return _cuda(input, weight, bias, residual, norm_weight, norm_bias, eps, scale, precision, backend)
-    return cpu.linear_add_layer_norm(input, weight, bias, residual, norm_weight, norm_bias, eps, scale, precision)
-
-
-def _cuda(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    scale: Tensor | None,
-    precision: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    if backend == "pytorch":
-        return cpu.linear_add_layer_norm(input, weight, bias, residual, norm_weight, norm_bias, eps, scale, precision)
-    launch = _inference.launch_of("linear_add_layer_norm")
-    return launch.linear_add_layer_norm(
-        input, weight, bias, residual, norm_weight, norm_bias, eps, scale, precision, backend
-    )
-
-
 def _fake(
     input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, *options: object
 ) -> tuple[Tensor, Tensor]:
@@ -120,7 +83,7 @@ def _fake(
 LINEAR_ADD_LAYER_NORM = _inference.register(
     "linear_add_layer_norm(Tensor input, Tensor weight, Tensor? bias, Tensor residual, Tensor? norm_weight,"
     " Tensor? norm_bias, float eps, Tensor? scale, str precision, str backend) -> (Tensor, Tensor)",
-    cpu=_cpu,
-    cuda=_cuda,
+    module="linear_add_layer_norm",
+    pytorch=cpu.linear_add_layer_norm,
     fake=_fake,
 )

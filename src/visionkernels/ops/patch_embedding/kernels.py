@@ -54,7 +54,7 @@ def _patch_embedding_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    DEPENDENT: tl.constexpr,  # launched while the kernel before still runs
+    EARLY: tl.constexpr,  # launched while the kernel before still runs
 ):
     SIZE: tl.constexpr = 3 * PATCH * PATCH  # K
     RUN: tl.constexpr = 3 * PATCH if CHANNELS_LAST else PATCH  # of pixels that are neighbours in memory
@@ -69,7 +69,7 @@ def _patch_embedding_kernel(
     mask_patch = mask_r & (patch >= 0)
     offs_row = (offs_r // num_tokens) * stride_pixel_b + (patch // columns).to(tl.int64) * PATCH * stride_pixel_h
     offs_row = tl.multiple_of(offs_row + patch % columns * RUN, ALIGNMENT)
-    if DEPENDENT:
+    if EARLY:
         gdc_wait()
 
     acc = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
@@ -97,7 +97,7 @@ def _patch_embedding_kernel(
         if UPCAST:
             pixels, weight = pixels.to(tl.float32), weight.to(tl.float32)
         acc = tl.dot(pixels, tl.trans(weight), acc, input_precision=PRECISION)
-    if DEPENDENT:
+    if EARLY:
         gdc_launch_dependents()
 
     if HAS_BIAS:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from visionkernels.ops._inference import INTERPRET, device_of, launch
-from visionkernels.ops.patch_embedding import kernels
+from visionkernels.ops.patch_embedding import cpu, kernels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -23,7 +23,7 @@ class Tile(NamedTuple):
     block_k: int  # pixels of a step
     num_warps: int
     num_stages: int
-    dependent: bool = False  # begin while the kernel before still runs (Programmatic Dependent Launch)
+    early: bool = False  # begin while the kernel before still runs
 
 
 def pays(pixel_values: Tensor, weight: Tensor, *_: Any) -> bool:
@@ -36,13 +36,21 @@ def choose_tile(num_rows: int, channels: int, itemsize: int, pixel_itemsize: int
     if itemsize == 4:  # without tensor cores: products of small tiles are all that fits in registers
         return Tile(64, 64, 16, 4, 2)
     if num_rows * channels <= 64 * 64 * 132:  # small tiles, so that more processors have one
-        return Tile(64, 64, 64, 4, 4, dependent=True) if hopper else Tile(32, 64, 64, 4, 4)
+        return Tile(64, 64, 64, 4, 4, early=True) if hopper else Tile(32, 64, 64, 4, 4)
     if num_rows * channels <= 128 * 128 * 132:
         return Tile(64, 64, 64, 4, 4)
     if hopper and pixel_itemsize < 4:  # few rows of many channels: what gathers pixels reads whole lines of them
         return Tile(64, 128, 64, 8, 4)
     # Pixels wait in shared memory in their own dtype: float32 ones would take all that an MI300 has.
     return Tile(128, 128, 64 if pixel_itemsize < 4 else 32, 8, 3)
+
+
+def patch_embedding(*arguments: Any) -> Tensor:
+    """Launch the kernel, or PyTorch's where there is none; arguments as the operator's."""
+    *inputs, backend = arguments
+    if backend == "auto" and not pays(*inputs):
+        return cpu.forward(*inputs)
+    return forward(*inputs)
 
 
 def forward(
@@ -92,12 +100,12 @@ def forward(
         channels, size, channels_last, pixels.dtype == torch.uint8 or mean is not None or std is not None,
         bias is not None, position_embedding is not None, prefix_tokens is not None,
         math.gcd(16, run, *strides), "ieee", INTERPRET and weight.dtype == torch.bfloat16,
-        tile.block_r, tile.block_c, tile.block_k, tile.dependent,
+        tile.block_r, tile.block_c, tile.block_k, tile.early,
     )  # fmt: skip
-    options: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    if tile.dependent:
-        options["launch_pdl"] = True
-    launch(kernels._patch_embedding_kernel, programs, arguments, options, weight.device)
+    launch(
+        kernels._patch_embedding_kernel, programs, arguments, weight.device,
+        early=tile.early, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
     return output
 
 

@@ -13,29 +13,6 @@ from visionkernels.ops.deformable_attention.checks import check_dense
 from visionkernels.ops.patch_embedding import cpu
 
 
-def _forward_cpu(
-    pixel_values: Tensor, weight: Tensor, bias: Tensor | None, position_embedding: Tensor | None,
-    prefix_tokens: Tensor | None, mean: Sequence[float] | None, std: Sequence[float] | None, channels_last: bool,
-    backend: str,
-) -> Tensor:  # fmt: skip
-    arguments = (pixel_values, weight, bias, position_embedding, prefix_tokens, mean, std, channels_last)
-    if backend == "triton":  # under Triton's interpreter
-        return _inference.launch_of("patch_embedding").forward(*arguments)
-    return cpu.forward(*arguments)
-
-
-def _forward_cuda(
-    pixel_values: Tensor, weight: Tensor, bias: Tensor | None, position_embedding: Tensor | None,
-    prefix_tokens: Tensor | None, mean: Sequence[float] | None, std: Sequence[float] | None, channels_last: bool,
-    backend: str,
-) -> Tensor:  # fmt: skip
-    arguments = (pixel_values, weight, bias, position_embedding, prefix_tokens, mean, std, channels_last)
-    if backend == "pytorch":
-        return cpu.forward(*arguments)
-    launch = _inference.launch_of("patch_embedding")
-    return (launch.forward if backend == "triton" or launch.pays(*arguments) else cpu.forward)(*arguments)
-
-
 def _forward_fake(
     pixel_values: Tensor, weight: Tensor, bias: Tensor | None, position_embedding: Tensor | None,
     prefix_tokens: Tensor | None, mean: Sequence[float] | None, std: Sequence[float] | None, channels_last: bool,
@@ -51,8 +28,8 @@ def _forward_fake(
 FORWARD = _inference.register(
     "patch_embedding(Tensor pixel_values, Tensor weight, Tensor? bias, Tensor? position_embedding, "
     "Tensor? prefix_tokens, float[]? mean, float[]? std, bool channels_last, str backend) -> Tensor",
-    cpu=_forward_cpu,
-    cuda=_forward_cuda,
+    module="patch_embedding",
+    pytorch=cpu.forward,
     fake=_forward_fake,
 )
 
