@@ -25,6 +25,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from visionkernels.ops.deformable_attention import (
     binned,
@@ -126,6 +127,9 @@ def specialise(recorded: tuple[Any, tuple[Any, ...], dict[str, int]]) -> tuple[d
         if isinstance(argument, torch.Tensor):
             signature[parameter.name] = "*" + TYPES[argument.dtype]
             multiple = argument.data_ptr() % 16 == 0
+        elif isinstance(argument, TensorDescriptor):  # of TMA
+            kind = f"{TYPES[argument.base.dtype]}{list(argument.block_shape)}"
+            signature[parameter.name], multiple = f"tensordesc<{kind}>", False
         elif isinstance(argument, float):
             signature[parameter.name], multiple = "fp32", False
         elif isinstance(argument, tuple):

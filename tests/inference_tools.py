@@ -6,12 +6,16 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+
+from visionkernels.ops._inference import Device
 
 ROOT = Path(__file__).parents[1]
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -30,6 +34,42 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
+
+DEVICES = {
+    "sm_80": Device(108, (8, 0)),
+    "sm_90": Device(132, (9, 0)),
+    "sm_100": Device(148, (10, 0)),
+    "gfx942": Device(304, (0, 0)),
+}
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A device, and the backend to ask for there."""
+
+    name: str
+    device: str
+    backend: str
+
+
+_NAMED = {
+    "cpu": ("cpu", "auto"),
+    "interpreter": ("cpu", "triton"),
+    **{name: ("cuda", name) for name in ("triton", "pytorch", "auto")},
+}
+
+
+@pytest.fixture(
+    params=["interpreter"]
+    if INTERPRET
+    else ["cpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("triton", "pytorch", "auto"))]
+)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Way:
+    """Each way to run an operator; memory that it leaves unwritten holds NaN. For the conftest.py of its tests."""
+    allocate = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: allocate(*args, **kwargs).fill_(torch.nan))
+    return Way(request.param, *_NAMED[request.param])
 
 
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,6 +96,7 @@ def run_under_the_interpreter(files: Sequence[Path], at_least: int) -> None:
     assert int(passed[1]) >= at_least, f"only {passed[1]} tests ran under the interpreter"
 
 
+@cache
 def budget() -> ModuleType:
     """``scripts/kernel_budget.py``."""
     spec = importlib.util.spec_from_file_location("kernel_budget", ROOT / "scripts" / "kernel_budget.py")
@@ -78,26 +119,18 @@ def launches_of(kernels: ModuleType, call: Callable[[], Any]) -> list[tuple[Any,
 
 
 def compile_launch(recorded: tuple[Any, tuple[Any, ...], dict[str, Any]], target: str) -> Any:
-    """The kernel as Triton compiles it for these arguments; those of TMA are descriptors."""
-    import triton
+    """The kernel as Triton compiles it for these arguments."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.tools.tensor_descriptor import TensorDescriptor
 
-    script = budget()
-    kernel, arguments, options = recorded
-    plain = [a.base if isinstance(a, TensorDescriptor) else a for a in arguments]
-    plain = [1e-3 if p.is_constexpr else a for p, a in zip(kernel.params, plain, strict=True)]
-    signature, constants, attributes = script.specialise((kernel, plain, options))
-    for index, (parameter, argument) in enumerate(zip(kernel.params, arguments, strict=True)):
-        if isinstance(argument, TensorDescriptor):
-            kind = script.TYPES[argument.base.dtype]
-            signature[parameter.name] = f"tensordesc<{kind}{list(argument.block_shape)}>"
-            attributes.pop((index,), None)
-        elif parameter.is_constexpr:
-            constants[parameter.name] = argument
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    return budget().compile_launch(recorded, GPUTarget(*TARGETS[target]))
+
+
+def compile_and_check(recorded: tuple[Any, tuple[Any, ...], dict[str, Any]], target: str, what: object = None) -> Any:
+    """The same; it spills nothing, and the GPU has the shared memory that it takes. ``what`` goes into a failure."""
+    compiled = compile_launch(recorded, target)
+    assert stack_of(compiled) == 0, what
+    assert compiled.metadata.shared <= SHARED_MEMORY[target], what
+    return compiled
 
 
 def stack_of(compiled: Any) -> int:

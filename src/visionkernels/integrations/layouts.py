@@ -14,6 +14,7 @@ from torch import Tensor
 from visionkernels.integrations._autocast import outside_autocast
 from visionkernels.integrations.table import Row
 from visionkernels.integrations.transformers import multi_scale_deformable_attention_v2
+from visionkernels.ops._common import shown
 from visionkernels.ops.deformable_attention import checks
 from visionkernels.ops.deformable_attention.op import fused_ms_deform_attn, ms_deform_attn
 
@@ -257,7 +258,7 @@ def d_fine_core(
         checks.check_shapes(value_spatial_shapes, value[0])
     sizes = [level.shape[3] for level in value]
     if not sizes or sizes != [h * w for h, w in value_spatial_shapes]:
-        levels = checks.shown(value_spatial_shapes)
+        levels = shown(value_spatial_shapes)
         raise ValueError(f"value must hold a tensor [N, M, D, h * w] for each of {levels}, got h * w = {sizes}")
     with outside_autocast(value[0]):
         pixels = torch.cat([level.permute(0, 3, 1, 2) for level in value], 1)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from visionkernels.integrations._patch import Integration, Place
 from visionkernels.integrations.table import Row
-from visionkernels.ops.deformable_attention.checks import SpatialShapes, shown
+from visionkernels.ops._common import shown
+from visionkernels.ops.deformable_attention.checks import SpatialShapes
 from visionkernels.ops.deformable_attention.op import ms_deform_attn
 
 _VERSIONS = "5.17 to 5.23"  # tested

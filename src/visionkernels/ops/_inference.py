@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import cache
 from importlib import import_module
 from math import prod
@@ -14,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from visionkernels.ops._common import check_dense, on_device, shown
 
 BACKENDS = ("auto", "triton", "pytorch")
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it once too, when it is imported
@@ -122,9 +123,7 @@ def check_tensor(name: str, tensor: Tensor, axes: str, dims: int | None = None) 
         raise TypeError(f"{name} must be a tensor {axes}, got {type(tensor).__name__}")
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
-    if not torch.compiler.is_compiling() and (tensor.layout != torch.strided or tensor.is_nested):
-        kind = "a nested tensor" if tensor.is_nested else f"the layout {tensor.layout}"
-        raise TypeError(f"{name} must be a dense tensor, got {kind}")
+    check_dense(name, tensor)
     if tensor.dim() != dims if dims is not None else tensor.dim() == 0:
         raise ValueError(f"{name} must be {axes}, got {list(tensor.shape)}")
     if tensor.device.type not in ("cuda", "cpu", "meta"):
@@ -149,14 +148,6 @@ def check_like(name: str, tensor: Tensor, shape: Sequence[int], axes: str, like:
         raise TypeError(f"{name} must be {like.dtype} like {like_name}, got {tensor.dtype}; convert it with .to()")
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} must be {axes} = {list(shape)}, got {list(tensor.shape)}")
-
-
-def shown(found: object) -> str:
-    """What came, in one line."""
-    if isinstance(found, Tensor):
-        return f"a tensor of {found.dtype}"
-    text = " ".join(repr(found).split())
-    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
@@ -184,13 +175,6 @@ def rows_of(tensor: Tensor) -> Tensor:
     if tensor.dim() == 2:
         return tensor
     return tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1])
-
-
-def on_device(device: torch.device) -> Any:
-    """A context in which ``device`` is current, where Triton launches."""
-    if device.type != "cuda" or torch.cuda.current_device() == device.index:
-        return nullcontext()
-    return torch.cuda.device(device)
 
 
 def launch(
@@ -248,6 +232,11 @@ class Device(NamedTuple):
 
     multiprocessors: int
     capability: tuple[int, int]  # of NVIDIA's GPUs; (0, 0) of others
+
+    @property
+    def is_hopper(self) -> bool:
+        """Whether it is an NVIDIA GPU of compute capability 9.x, with TMA and products of whole warp groups."""
+        return self.capability[0] == 9
 
     @property
     def launches_early(self) -> bool:

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from inference_tools import (
+    DEVICES,
     INTERPRET,
     NOT_INTERPRETED,
     TARGETS,
+    compile_and_check,
     compile_launch,
     launches_of,
     run_under_the_interpreter,
     stack_of,
 )
-
-from visionkernels.ops._inference import Device
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -24,7 +24,7 @@ from visionkernels.ops.linear_add_layer_norm.launch import Split, split_of
 
 HERE = Path(__file__).parent
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-H200, A100 = Device(132, (9, 0)), Device(108, (8, 0))
+H200, A100 = DEVICES["sm_90"], DEVICES["sm_80"]
 
 
 @pytest.mark.slow
@@ -49,10 +49,7 @@ def test_ahead_of_time(early):
     split = Split(2, early=early)
     call = lambda: launch._multiply(x, torch.zeros(768, 3072, dtype=F16), split)  # noqa: E731
     (recorded,) = launches_of(launch.kernels, call)
-    compiled = compile_launch(recorded, "sm_90")
-    assert stack_of(compiled) == 0
-    assert compiled.metadata.shared <= 227 * 1024
-    ptx = compiled.asm["ptx"]
+    ptx = compile_and_check(recorded, "sm_90").asm["ptx"]
     assert "wgmma.mma_async" in ptx
     assert "cp.async.bulk.tensor" in ptx
     if early:

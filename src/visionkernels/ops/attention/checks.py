@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from visionkernels.ops._inference import check_like, check_tensor, shown
+from visionkernels.ops._common import shown
+from visionkernels.ops._inference import check_like, check_tensor
 
 Rotary = tuple[Tensor, Tensor]
 AXES = "[B, N, H, D] (batch, tokens, heads, head_dim)"

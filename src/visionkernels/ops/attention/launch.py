@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from visionkernels.ops._inference import INTERPRET, launch
+from visionkernels.ops._inference import INTERPRET, device_of, launch
 from visionkernels.ops.attention import cpu, kernels
 
 MAX_INT32 = 2**31 - 1
@@ -44,7 +43,9 @@ def pays(query: Tensor, key: Tensor, value: Tensor, scale: float, *options: Any)
         return False
     batch, tokens, heads, head_dim = query.shape
     plain = query.element_size() == 2 and head_dim == 64 and not any(option is not None for option in options[:3])
-    return not (plain and options[4] is None and _is_hopper(query.device) and _is_cudnn_s(tokens, batch * heads))
+    return not (
+        plain and options[4] is None and device_of(query.device).is_hopper and _is_cudnn_s(tokens, batch * heads)
+    )
 
 
 def _is_cudnn_s(tokens: int, groups: int) -> bool:
@@ -140,7 +141,7 @@ def forward(
     if cos is not None and sin is not None:
         cos, sin = cos.contiguous(), sin.contiguous()
     if tile is None:
-        hopper, busy = _is_hopper(query.device), cos is not None or window is not None
+        hopper, busy = device_of(query.device).is_hopper, cos is not None or window is not None
         tile = choose_tile(attending, groups, head_dim, query.element_size(), busy, hopper)
     split = _split(head_dim, cos is not None)
     reach = (tokens - 1) * max(abs(stride) for stride in strides[1::3]) + head_dim
@@ -170,8 +171,3 @@ def _split(head_dim: int, rotary: bool) -> int:
 def _padded(size: int) -> int:
     """The next power of two that a tensor core takes."""
     return max(16, 1 << (size - 1).bit_length()) if size > 0 else 16
-
-
-@lru_cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9

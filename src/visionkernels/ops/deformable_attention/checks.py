@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from visionkernels.ops._common import check_dense, shown
+
 PADDING_MODES = ("zeros", "border")
 METHODS = ("bilinear", "nearest")
 MAX_SIZE = 2**31 - 1  # of a level, in pixels a side
@@ -28,22 +30,6 @@ def check_value(value: Tensor) -> None:
         raise ValueError(f"value must be [N, S, M, D] (batch, pixels, heads, head_dim), got {list(value.shape)}")
     if value.device.type not in ("cuda", "cpu", "meta"):
         raise ValueError(f"value must be on a CUDA (or ROCm) device or on the CPU, got {value.device}")
-
-
-def check_dense(name: str, tensor: Tensor) -> None:
-    """Strides and sizes are those of memory: a sparse tensor has none, a nested one has others for each row."""
-    # While compiling neither can be asked in the backward of somebody's autograd.Function.
-    if not torch.compiler.is_compiling() and (tensor.layout != torch.strided or tensor.is_nested):
-        kind = "a nested tensor" if tensor.is_nested else f"the layout {tensor.layout}"
-        raise TypeError(f"{name} must be a dense tensor, got {kind}")
-
-
-def shown(found: object) -> str:
-    """What came, in one line."""
-    if isinstance(found, Tensor):
-        return f"a tensor of {found.dtype}"
-    text = " ".join(repr(found).split())
-    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def check_like(name: str, tensor: Tensor, expected: tuple[int, ...], axes: str, value: Tensor) -> None:

@@ -9,13 +9,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from visionkernels.ops._common import on_device
 from visionkernels.ops.deformable_attention import binned
 from visionkernels.ops.deformable_attention.plan import (
     Needs,
     has_points_kernel,
     has_warp_instructions,
     inputs_of,
-    on_device,
     plan_of,
     run,
     shapes_argument,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from visionkernels.ops._common import check_dense
 from visionkernels.ops.deformable_attention import checks, fast_path, registration
 
 
@@ -158,7 +159,7 @@ def fused_ms_deform_attn(
     checks.check_like("sampling_offsets", sampling_offsets, (*expected, 2), f"{axes}, 2]", value)
     checks.check_like("attention_logits", attention_logits, expected, f"{axes}]", value)
     if isinstance(reference_points, Tensor):
-        checks.check_dense("reference_points", reference_points)
+        check_dense("reference_points", reference_points)
         if reference_points.dim() == 3:
             reference_points = reference_points[:, :, None]
     if (

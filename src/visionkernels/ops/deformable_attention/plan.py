@@ -5,7 +5,6 @@ All of it depends only on what the key of ``_plan`` holds, and is worked out onc
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import lru_cache
 from itertools import accumulate
 from math import gcd
@@ -16,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from visionkernels.ops._common import on_device
 from visionkernels.ops.deformable_attention import kernels, sampling, warp_backward, warp_forward
 from visionkernels.ops.deformable_attention.problem import Problem
 from visionkernels.ops.deformable_attention.tile import LANE_BYTES, choose_tile, choose_warp_tile
@@ -115,7 +115,6 @@ def run(problem: Problem, buffers: tuple[Tensor | None, ...], needs: Needs | Non
     inputs = inputs_of(problem)
     plan = plan_of(problem, inputs, buffers[4:], needs)
     arguments = (*buffers, inputs.value, shapes_argument(problem), *inputs[1:5])
-    # Triton launches on the current device, wherever the tensors are.
     with on_device(problem.value.device):
         if plan.runner is not None:
             plan.runner(*arguments, *plan.arguments)
@@ -128,13 +127,6 @@ def has_points_kernel(problem: Problem, grad_output: Tensor, needs: Needs) -> bo
     """Whether the gradients of points have a kernel of their own, apart from the value's."""
     plan = plan_of(problem, inputs_of(problem), (grad_output, None), needs._replace(value=False))
     return plan.kernel is warp_backward._backward_points_kernel
-
-
-def on_device(device: torch.device) -> Any:
-    """A context in which ``device`` is current."""
-    if device.type != "cuda" or torch.cuda.current_device() == device.index:
-        return nullcontext()
-    return torch.cuda.device(device)
 
 
 @lru_cache

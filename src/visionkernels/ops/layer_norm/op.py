@@ -6,6 +6,7 @@ import torch  # noqa: F401  (the examples name it)
 from torch import Tensor
 
 from visionkernels.ops import _inference
+from visionkernels.ops._common import shown
 from visionkernels.ops.layer_norm import cpu
 
 
@@ -113,7 +114,7 @@ def _check_affine(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps
 def check_eps(eps: float) -> None:
     """A finite number of at least 0."""
     if not isinstance(eps, (int, float)) or isinstance(eps, bool):
-        raise TypeError(f"eps must be a number, got {_inference.shown(eps)}")
+        raise TypeError(f"eps must be a number, got {shown(eps)}")
     if not 0 <= eps < float("inf"):
         raise ValueError(f"eps must be a finite number of at least 0, got {eps}")
 

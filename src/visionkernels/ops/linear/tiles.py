@@ -100,7 +100,7 @@ def tile_of(
         gated: whether a tile has two sums.
         tma: whether the tensors lie so that TMA can read and write them.
     """
-    tiles = TILES[kind][2 * (device.capability[0] == 9) + gated]
+    tiles = TILES[kind][2 * device.is_hopper + gated]
 
     def time(tile: Tile) -> float:
         count = -(-num_rows // tile.block_m) * -(-num_columns // tile.block_n)

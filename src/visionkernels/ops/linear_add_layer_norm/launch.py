@@ -63,7 +63,7 @@ def linear_add_layer_norm(
 @lru_cache(4096)
 def split_of(num_rows: int, num_columns: int, num_inner: int, device: Device) -> Split | None:
     """In how many parts few rows are multiplied, so that most multiprocessors have one; None for many rows."""
-    if device.capability[0] != 9:
+    if not device.is_hopper:
         return None
     tiles = triton.cdiv(num_rows, 64) * triton.cdiv(num_columns, 64)
     if not 0 < tiles <= device.multiprocessors:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from visionkernels.ops import _inference
-from visionkernels.ops.deformable_attention.checks import check_dense
+from visionkernels.ops._common import check_dense, shown
 from visionkernels.ops.patch_embedding import cpu
 
 
@@ -153,7 +153,7 @@ def _numbers(name: str, numbers: Sequence[float] | Tensor | None) -> list[float]
     if not isinstance(numbers, (list, tuple)) or not all(
         isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers
     ):
-        raise TypeError(f"{name} must be three numbers or None, got {_inference.shown(numbers)}")
+        raise TypeError(f"{name} must be three numbers or None, got {shown(numbers)}")
     if len(numbers) != 3 or not all(-math.inf < number < math.inf for number in numbers):
         raise ValueError(f"{name} must be three finite numbers, one a channel, got {list(numbers)}")
     return [float(number) for number in numbers]
