@@ -76,7 +76,11 @@ def _copy_position(vit: ViT, other: ViT) -> None:
     vit.position.copy_(other.position)
 
 
-@pytest.mark.parametrize("change", [_replace, _load_parent, _copy_position])
+def _swap_memory(vit: ViT, other: ViT) -> None:
+    vit.layers[1].fc2.weight.data = other.layers[1].fc2.weight
+
+
+@pytest.mark.parametrize("change", [_replace, _load_parent, _copy_position, _swap_memory])
 @torch.no_grad()
 def test_weights_that_change(vit: ViT, change: Callable[[ViT, ViT], None]) -> None:
     pixels = torch.randn(1, 3, 32, 32)
@@ -103,3 +107,29 @@ def test_a_weight_that_wants_a_gradient_is_refused(vit: ViT) -> None:
         vit(pixels)
     with torch.no_grad():
         vit(pixels)
+
+
+def test_memory_that_a_graph_reads_is_held_until_the_change_is_seen(vit: ViT) -> None:
+    pixels = torch.randn(1, 3, 32, 32)
+    weight = vit.layers[0].fc1.weight
+    with torch.no_grad():
+        vit(pixels)
+    memory = weakref.ref(weight.untyped_storage())
+    weight.data = torch.randn_like(weight)
+    assert memory() is not None
+    with torch.no_grad():
+        vit(pixels)
+    assert memory() is None
+
+
+@torch.no_grad()
+def test_a_hook_added_after_the_capture_is_called(vit: ViT) -> None:
+    pixels, seen = torch.randn(1, 3, 32, 32), []
+    vit(pixels)
+    handle = vit.layers[1].register_forward_hook(lambda module, args, output: seen.append(output))
+    for _ in range(2):
+        same(vit(pixels), eager(vit, pixels))
+    assert len(seen) == 2
+    handle.remove()
+    vit(pixels)
+    assert len(seen) == 2

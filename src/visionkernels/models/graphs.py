@@ -50,12 +50,17 @@ class Captured:
     bytes: int
     forward: Forward | None = None
 
+    def results(self, batch: int) -> Any:
+        """The first outputs, in memory of their own."""
+        return self.outputs.map(lambda output: output[:batch].clone())
+
 
 def operators_are_traced() -> bool:
     """Whether operators are compiled, exported, counted or replaced, and not just run."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch._C._functorch.peek_interpreter_stack() is not None
         or _get_current_dispatch_mode() is not None
     )
 
@@ -84,7 +89,7 @@ class GraphPool:
         self._graphs: OrderedDict[Key, dict[int, Captured]] = OrderedDict()
         self._order: OrderedDict[tuple[Key, int], None] = OrderedDict()
         self._too_large: set[tuple[Key, int]] = set()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._stream: torch.cuda.Stream | None = None
 
     def __len__(self) -> int:
@@ -101,6 +106,27 @@ class GraphPool:
             and not torch.cuda.is_current_stream_capturing()
         )
 
+    def replay(self, pixel_values: Tensor, dtype: torch.dtype, options: Key, holds: Callable[[], bool]) -> Any:
+        """What an earlier forward of this size would return, by a replay.
+
+        Args:
+            pixel_values: `[B, ...]`.
+            dtype: As of `run`.
+            options: As of `run`.
+            holds: Whether the graphs are still right, asked while the kernels run; it may drop them.
+
+        Returns:
+            The outputs, in memory of their own; None without such a graph, or if they are not right.
+        """
+        batch = pixel_values.shape[0]
+        with self._lock:
+            captured = self._find(self._key(pixel_values, dtype, options), batch)
+            if captured is None:
+                holds()
+                return None
+            self._start(captured, pixel_values)
+            return captured.results(batch) if holds() else None
+
     def run(self, forward: Forward, pixel_values: Tensor, dtype: torch.dtype, options: Key = ()) -> Any:
         """What `forward(pixel_values)` returns, by a replay.
 
@@ -114,15 +140,13 @@ class GraphPool:
             The outputs, in memory of their own.
         """
         batch = pixel_values.shape[0]
-        key = (tuple(pixel_values.shape[1:]), dtype, pixel_values.device, *options)
+        key = self._key(pixel_values, dtype, options)
         with self._lock:
             captured = self._find(key, batch) or self._add(forward, key, batch, pixel_values, dtype)
             if captured is None:
                 return forward(pixel_values)
-            self._wait(pixel_values)
-            captured.pixels[:batch].copy_(pixel_values)
-            captured.replay()
-            return captured.outputs.map(lambda output: output[:batch].clone())
+            self._start(captured, pixel_values)
+            return captured.results(batch)
 
     def clear(self) -> None:
         """Drop all graphs."""
@@ -134,6 +158,16 @@ class GraphPool:
             self._too_large.clear()
             self._capture = self._given
             self._stream = None
+
+    @staticmethod
+    def _key(pixel_values: Tensor, dtype: torch.dtype, options: Key) -> Key:
+        return (pixel_values.shape[1:], dtype, pixel_values.device, *options)
+
+    def _start(self, captured: Captured, pixel_values: Tensor) -> None:
+        self._wait(pixel_values)
+        batch, size = pixel_values.shape[0], captured.pixels.shape[0]
+        (captured.pixels if batch == size else captured.pixels[:batch]).copy_(pixel_values)
+        captured.replay()
 
     def _find(self, key: Key, batch: int) -> Captured | None:
         """The graph of this batch, or of the next larger one that is small enough."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from visionkernels.errors import UserError
 from visionkernels.models import positions
+from visionkernels.models.changes import Weights
 from visionkernels.models.config import ViTConfig
 from visionkernels.models.files import DTYPES, check_support, normalisation, open_checkpoint, stored_dtype
 from visionkernels.models.graphs import GraphPool, operators_are_traced
@@ -27,10 +29,6 @@ _SIZES_KEPT = 32  # image sizes whose positions are kept
 _BIAS_SHARE = 16  # relative position biases are kept if they take at most a 16th of the weights
 
 _SOURCES = ("class_tokens", "register_tokens", "position", "relative_position_bias_table")  # of positions
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 class ViT(nn.Module):
@@ -91,7 +89,7 @@ class ViT(nn.Module):
         self.pixel_std: tuple[float, ...] | None = None
         self._positions: dict[tuple[int, int], Positions] = {}
         self._graphs = GraphPool()
-        self._known: list[tuple[dict[str, Any], str, Tensor, int | None]] | None = None
+        self._weights: Weights | None = None  # those that positions and graphs were made from
         with torch.inference_mode(False), torch.device(device or "cpu"):
             self._make(config)
         if dtype is not None:
@@ -209,33 +207,35 @@ class ViT(nn.Module):
             ValueError: It is of a wrong shape or on another device, or uint8 without a known mean.
             RuntimeError: Gradients are asked for.
         """
-        self._check_pixels(pixel_values)
-        if _inference.autocast_dtype(self.patch.weight) is not None:
-            with torch.autocast(self.device.type, enabled=False):
-                return self._run(pixel_values, output_hidden_states)
-        return self._run(pixel_values, output_hidden_states)
-
-    def _run(self, pixel_values: Tensor, output_hidden_states: bool) -> ViTOutput:
-        if not operators_are_traced():
-            self._notice_changes()
-        if not self.cuda_graphs or not GraphPool.applies(pixel_values) or self.layers.hooked:
+        _inference.refuse_gradients("ViT", pixel_values, instead="the model of transformers")
+        if not self.cuda_graphs or not GraphPool.applies(pixel_values):
+            if not operators_are_traced():
+                self._notice_changes()
+            self._check_pixels(pixel_values)
             return self._encode(pixel_values, output_hidden_states)
-        if pixel_values.dtype != torch.uint8 and pixel_values.dtype != self.dtype:
-            dtype = self.dtype  # the copy into the graph's input converts
-        else:
-            dtype = pixel_values.dtype
-        options: tuple[Any, ...] = (output_hidden_states, self.backend, self.precision)
-        if dtype == torch.uint8:
-            options += (tuple(self.pixel_mean or ()), tuple(self.pixel_std or ()))
+        is_uint8 = pixel_values.dtype == torch.uint8
+        dtype = torch.uint8 if is_uint8 else self.dtype  # the copy into the graph's input converts
+        mean = (tuple(self.pixel_mean or ()), tuple(self.pixel_std or ())) if is_uint8 else None
+        options = (output_hidden_states, self.backend, self.precision, mean)
+        # Pixels of a captured shape are right, and whether the model is still the same is asked while the GPU works.
+        output = self._graphs.replay(pixel_values, dtype, options, self._notice_changes)
+        if output is not None:
+            return output
+        self._check_pixels(pixel_values)
+        if self.layers.hooked:
+            return self._encode(pixel_values, output_hidden_states)
         place = self._positions_of(self._grid_of(pixel_values))
-        forward = lambda pixels: self._encode(pixels, output_hidden_states, place)  # noqa: E731
-        return self._graphs.run(forward, pixel_values, dtype, options)
+        encode = partial(self._encode, output_hidden_states=output_hidden_states, place=place)
+        return self._graphs.run(encode, pixel_values, dtype, options)
 
     def _grid_of(self, pixel_values: Tensor) -> tuple[int, int]:
         patch = self.config.patch_size
         return pixel_values.shape[2] // patch, pixel_values.shape[3] // patch
 
     def _encode(self, pixel_values: Tensor, output_hidden_states: bool, place: Positions | None = None) -> ViTOutput:
+        if _inference.autocast_dtype(self.patch.weight) is not None:
+            with torch.autocast(self.device.type, enabled=False):
+                return self._encode(pixel_values, output_hidden_states, place)
         config = self.config
         options = Options(config.layer_norm_eps, config.activation, self.precision, self.backend)
         place = place or self._positions_of(self._grid_of(pixel_values))
@@ -296,7 +296,6 @@ class ViT(nn.Module):
             )
         if pixel_values.dtype != torch.uint8 and not pixel_values.is_floating_point():
             raise TypeError(f"pixel_values must be floating numbers or uint8, got {pixel_values.dtype}")
-        _inference.refuse_gradients("ViT", pixel_values, instead="the model of transformers")
 
     def _check_size(self, height: int, width: int, name: str) -> None:
         patch = self.config.patch_size
@@ -306,24 +305,19 @@ class ViT(nn.Module):
                 f"got {height} x {width}"
             )
 
-    def _notice_changes(self) -> None:
-        """Drop what was made from the weights if one is another now, or new values are in one of positions."""
-        known = self._known
-        if known is None or not all(
-            buffers.get(name) is tensor and (version is None or version == _version(tensor))
-            for buffers, name, tensor, version in known
-        ):
+    def _notice_changes(self) -> bool:
+        """Whether graphs may be replayed; what was made from other weights is dropped."""
+        weights = self._weights
+        current = weights is not None and weights.are_current()
+        if weights is None or not current:
             self._forget()
-            self._known = known = [
-                (module._buffers, name, tensor, _version(tensor) if name in _SOURCES else None)
-                for module in self.modules()
-                for name, tensor in module._buffers.items()
-                if tensor is not None
-            ]
+            self._weights = weights = Weights(self, _SOURCES)
         if torch.is_grad_enabled():
-            _inference.refuse_gradients(
-                "ViT", *(tensor for _, _, tensor, _ in known), instead="the model of transformers"
-            )
+            _inference.refuse_gradients("ViT", *weights.tensors, instead="the model of transformers")
+        if self.layers.hooked:
+            self._graphs.clear()
+            return False
+        return current
 
     def _forget(self) -> None:
         """Drop what was made from the weights."""
@@ -343,7 +337,7 @@ class ViT(nn.Module):
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_positions": {}, "_graphs": None, "_known": None}
+        return self.__dict__ | {"_positions": {}, "_graphs": None, "_weights": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
