@@ -65,6 +65,23 @@ def test_shapes(device, backend, dtype, shape):
 
 
 @WAYS
+@pytest.mark.parametrize("mean", [-4, -3, -2, -1, 0, 2])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("half", [F16, BF16], ids=str)
+def test_the_tail_of_gelu(device, backend, half, activation, mean):
+    """Where nearly all of a row is in the tail, small results are as exact as PyTorch's, and not just the largest."""
+    x, weight = torch.randn(64, 48), torch.randn(64, 48) * 0.3 * 48**-0.5
+    x, weight, bias = (tensor.to(device, half) for tensor in (x, weight, torch.full((64,), float(mean))))
+    truth = reference_linear(x.double(), weight.double(), bias.double(), activation)
+
+    def error(got):
+        return ((got.double() - truth).norm() / truth.norm()).item()
+
+    allowed = 2 * error(eager(x, weight, bias, activation))
+    assert error(linear(x, weight, bias, activation=activation, backend=backend)) <= allowed
+
+
+@WAYS
 @PARTS
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 def test_epilogues(device, backend, activation, parts):

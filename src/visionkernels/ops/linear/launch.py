@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from visionkernels.ops._inference import INTERPRET, device_of, launch, rows_of
+from visionkernels.ops._inference import INTERPRET, Device, device_of, launch, rows_of
 from visionkernels.ops.linear import cpu, kernels
 from visionkernels.ops.linear.tiles import Tile, tile_of
 
@@ -101,12 +101,13 @@ def _launch(
         matrices = [columns, rows, weight] if residual is None else [columns, rows, weight, residual]
         tile = tile_of(
             rows.shape[0], columns.shape[1], device_of(input.device),
-            kind=kind(input, precision), gated=gated, tma=all(map(tma_reads, matrices)),
+            kind=kind(input, precision), gated=gated, tma=all(map(tma_reads, matrices)), residual=residual is not None,
         )  # fmt: skip
     (num_rows, num_columns), num_inner = columns.shape, rows.shape[1]
     block_k = _block_k(tile, rows)
     tiles = triton.cdiv(num_rows, tile.block_m) * triton.cdiv(num_columns, tile.block_n)
     half, rest = rows.element_size() == 2, (num_rows, num_columns, num_inner, activation, gated, precision)
+    short = short_gelu(device_of(rows.device)) if half else None
     blocks = (tile.block_m, tile.block_n, block_k, tile.group_m)
     arguments: tuple[Any, ...]
     if tile.tma:
@@ -116,7 +117,7 @@ def _launch(
             descriptor(columns, block), descriptor(rows, [tile.block_m, block_k]),
             descriptor(weight, [tile.block_n, block_k]), bias,
             None if residual is None else descriptor(residual, block), scale, *rest,
-            half, *blocks, tile.parts, tile.flatten, tile.warp_specialize, tile.early,
+            short, *blocks, tile.parts, tile.flatten, tile.warp_specialize, tile.early,
         )  # fmt: skip
     else:
         kernel, programs = kernels._linear_kernel, tiles
@@ -126,12 +127,17 @@ def _launch(
             columns, rows, weight, bias, residual, scale,
             rows.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0), *rest,
             tl.float64 if rows.dtype == torch.float64 else tl.float32, factor,
-            num_inner % block_k == 0, half, *blocks, tile.early, 128 // rows.element_size(),
+            num_inner % block_k == 0, short, *blocks, tile.early, 128 // rows.element_size(),
         )  # fmt: skip
     launch(
         kernel, min(tiles, programs), arguments, rows.device,
         early=tile.early, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
+
+
+def short_gelu(device: Device) -> str:
+    """How GELU may be approximated where half precision hides it: NVIDIA's GPUs have an instruction for tanh."""
+    return "tanh" if device.capability >= (7, 5) else "exp"
 
 
 def tma_reads(matrix: Tensor) -> bool:

@@ -34,9 +34,9 @@ class Tile(NamedTuple):
 # NVIDIA's GPUs of compute capability 9.0, halves and tf32.
 HOPPER = (
     # The fewest reads a multiply-add; the next tile's reads begin before this one is finished.
-    Tile(128, 256, 64, 8, 3, rate=1.0, tma=True, parts=2, group_m=16),
-    # Three programs a multiprocessor: others multiply while one finishes its tile.
-    Tile(128, 128, 64, 4, 2, rate=0.85, tma=True, parts=4, programs=3, early=True),
+    Tile(128, 256, 64, 8, 3, rate=0.9, tma=True, parts=2, group_m=16),
+    # Three programs a multiprocessor: others multiply while one finishes its tile, if it waits for no residual.
+    Tile(128, 128, 64, 4, 2, rate=1.0, tma=True, parts=4, programs=3, early=True),
     # For a few hundred rows: every multiprocessor has a tile, and launches overlap.
     Tile(128, 64, 64, 8, 5, rate=0.7, tma=True, flatten=False, early=True),
     Tile(64, 64, 128, 4, 4, rate=0.55, tma=True, flatten=False, early=True),
@@ -88,7 +88,14 @@ TILES = {
 
 @lru_cache(4096)
 def tile_of(
-    num_rows: int, num_columns: int, device: Device, *, kind: str = "half", gated: bool = False, tma: bool = True
+    num_rows: int,
+    num_columns: int,
+    device: Device,
+    *,
+    kind: str = "half",
+    gated: bool = False,
+    tma: bool = True,
+    residual: bool = False,
 ) -> Tile:
     """The tile for a call.
 
@@ -99,6 +106,7 @@ def tile_of(
         kind: of the products: ``"half"``, ``"tf32"``, ``"exact"`` for float32, or ``"double"``.
         gated: whether a tile has two sums.
         tma: whether the tensors lie so that TMA can read and write them.
+        residual: whether one is added.
     """
     tiles = TILES[kind][2 * device.is_hopper + gated]
 
@@ -106,4 +114,5 @@ def tile_of(
         count = -(-num_rows // tile.block_m) * -(-num_columns // tile.block_n)
         return -(-count // device.multiprocessors) * tile.block_m * tile.block_n / tile.rate
 
-    return min((tile for tile in tiles if tma or not tile.tma), key=time)
+    fitting = [tile for tile in tiles if (tma or not tile.tma) and not (residual and tile.programs > 1)]
+    return min(fitting, key=time)
