@@ -18,7 +18,7 @@ from visionkernels.models.heads import Heads
 from visionkernels.models.modules import Affine, Layers, Options, relative_position_bias_table
 from visionkernels.models.output import ViTOutput
 from visionkernels.models.positions import Positions
-from visionkernels.models.weights import load, settle
+from visionkernels.models.weights import load, match, settle
 from visionkernels.ops import _inference
 from visionkernels.ops.linear.op import PRECISIONS
 from visionkernels.ops.patch_embedding.op import patch_embedding
@@ -159,9 +159,10 @@ class ViT(nn.Module):
         check_support(dtype, target)
         settings: dict[str, Any] = {"backend": backend, "precision": precision, "cuda_graphs": cuda_graphs}
         vit = cls(config, dtype=dtype, device="meta", **settings)
+        targets = match(checkpoint, config, vit)
         with torch.inference_mode(False), torch.no_grad():
             vit.to_empty(device=target)
-            load(checkpoint, config, vit)
+            load(checkpoint, targets, vit)
         vit.name = checkpoint.name
         vit.pixel_mean, vit.pixel_std = normalisation(checkpoint.preprocessor)
         vit.image_size = image_size
