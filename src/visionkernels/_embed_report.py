@@ -14,8 +14,8 @@ import torch
 from visionkernels import embedding
 from visionkernels._checkpoint import require
 from visionkernels._detect_report import silence_transformers, spinner
+from visionkernels._devices import describe, find_device
 from visionkernels._images import read_image
-from visionkernels.detection import describe, find_device
 from visionkernels.errors import UserError
 from visionkernels.models import ViT
 

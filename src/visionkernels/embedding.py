@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from visionkernels._checkpoint import load_processor, one_line, require
+from visionkernels._devices import find_device
 from visionkernels._images import read_image
-from visionkernels.detection import find_device
 from visionkernels.errors import UserError
 from visionkernels.models import ViT, ViTOutput
 

@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from models.tiny_vits import CASES, FAMILY_CASES, outputs, relative_error, save, transformers
 from safetensors.torch import load_file, save_file
 
+from visionkernels._devices import find_device
 from visionkernels.errors import UserError
 from visionkernels.models import FAMILIES, ViT, ViTConfig
 from visionkernels.models.families import _KINDS, _VISION_KINDS, DEFAULTS
 from visionkernels.models.files import _PIXEL_KINDS
 from visionkernels.models.names import TABLES
+from visionkernels.ops._common import shown
 
 PICTURES = torch.randn(2, 3, 32, 32)
 
@@ -226,6 +228,9 @@ def test_dtype_is_that_of_the_checkpoint(tmp_path: Path) -> None:
     assert ViT.from_pretrained(tmp_path).dtype == torch.bfloat16
     assert ViT.from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
     assert "torch.int8" in refusal(tmp_path, dtype=torch.int8)
+    message = refusal(tmp_path, dtype="float16")
+    assert message.startswith("dtype: expected one of torch.float32, torch.float16")
+    assert message.endswith("but it is 'float16'")
     edit_config(tmp_path, dtype=None, torch_dtype="float16")  # the older name
     assert ViT.from_pretrained(tmp_path).dtype == torch.float16
     edit_config(tmp_path, dtype=None, torch_dtype=None)
@@ -238,6 +243,24 @@ def test_image_size_is_checked(tmp_path: Path) -> None:
     assert ViT.from_pretrained(tmp_path, image_size=(16, 64)).image_size == (16, 64)
     with pytest.raises(ValueError, match="multiples of the patch size 8, got 30 x 30"):
         ViT.from_pretrained(tmp_path, image_size=30)
+    for size in ("224", (32,), 32.0, True, 0, -32, (32, "32"), torch.tensor(32)):
+        message = refusal(tmp_path, image_size=size)
+        assert message.startswith("image_size: expected a whole number from 1 to 65536, or [height, width] of such, ")
+        assert message.endswith(f"but it is {shown(size)}")
+
+
+def test_devices_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(CASES["vit"], tmp_path)
+    for device in ("nonsense", "mps", "", "cuda:x", 3.5):
+        message = refusal(tmp_path, device=device)
+        assert message == f"device: expected cpu, cuda or cuda:<index>, but it is {str(device)!r}"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert refusal(tmp_path, device="cuda") == "device: cuda is not there: torch sees no GPU; use the CPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert refusal(tmp_path, device="cuda:7") == "device: cuda:7 is not there: torch sees 2 GPUs"
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert find_device("cuda") == torch.device("cuda", 1)
 
 
 CONFIGS = {
