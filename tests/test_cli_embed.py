@@ -147,6 +147,21 @@ def test_mistakes_of_both(capsys, job, pictures, classifier, tmp_path):
     assert "device" in fails_with(capsys, *ok, "--device", "tpu")
 
 
+@pytest.mark.parametrize("job", ["embed", "classify"])
+def test_no_json_has_nan(capsys, job, pictures, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    checkpoint("vit-classifier", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["vit.embeddings.position_embeddings"].fill_(torch.nan)
+    save_file(tensors, tmp_path / "model.safetensors")
+    output = ["--output", str(tmp_path / "vectors.npy")] if job == "embed" else []
+    for options in (["--json"], output):
+        arguments = [job, *pictures, "--model", str(tmp_path), "--device", "cpu", *options]
+        assert "gives NaN or infinity" in fails_with(capsys, *arguments)
+    assert not (tmp_path / "vectors.npy").exists()
+
+
 def test_mistakes_of_embed(capsys, pictures, model, tmp_path):
     ok = ["embed", pictures[0], "--model", model, "--output"]
     assert "neither .npy nor .parquet" in fails_with(capsys, *ok, "vectors.csv")

@@ -1,5 +1,6 @@
 """`vk.embed` and `vk.classify`: what a picture's vector and labels are, and what is said about wrong arguments."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,41 @@ def test_labels_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     assert [one["label"] for one in got] == [f"LABEL_{i}" for i in order]
     np.testing.assert_allclose([one["score"] for one in got], scores[order], rtol=1e-4)
     assert vk.classify(picture(), tmp_path, top_k=2, device="cpu") == got[:2]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"problem_type": "single_label_classification"},
+        {"problem_type": "multi_label_classification"},
+        {"problem_type": "regression"},
+        {"num_labels": 1},
+        {"num_labels": 1, "problem_type": "regression"},
+    ],
+    ids=str,
+)
+def test_scores_are_those_of_the_pipeline(changes: dict, tmp_path: Path) -> None:
+    case = CASES["vit-classifier"]
+    _, processor = checkpoint("vit-classifier", tmp_path)
+    model = save(replace(case, changes=case.changes | changes), tmp_path)
+    pipeline = transformers.pipeline("image-classification", model=model, image_processor=processor, device="cpu")
+    wanted = pipeline(picture(), top_k=3)
+    got = vk.classify(picture(), tmp_path, top_k=3, device="cpu")
+    assert [one["label"] for one in got] == [one["label"] for one in wanted]
+    np.testing.assert_allclose([one["score"] for one in got], [one["score"] for one in wanted], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "words"), [(torch.float32, "damaged"), (torch.float16, "--dtype fp32")], ids=str)
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_model_that_gives_no_numbers(number: float, dtype: torch.dtype, words: str, tmp_path: Path) -> None:
+    checkpoint("vit-classifier", tmp_path)
+    vit = vk.ViT.from_pretrained(tmp_path, dtype=dtype)
+    vit.norm.bias.fill_(number)
+    vit.heads.classifier.bias[1] = number
+    for job in (vk.embed, vk.classify):
+        with pytest.raises(UserError, match=f"gives NaN or infinity in {dtype} on cpu; .*{words}"):
+            job(picture(), vit)
 
 
 def test_lists_and_batches(tmp_path: Path) -> None:

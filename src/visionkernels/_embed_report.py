@@ -92,7 +92,7 @@ def classify(request: Request, top_k: int) -> dict[str, Any]:
 
 def print_json(report: dict[str, Any]) -> None:
     """Print the report as JSON."""
-    print(json.dumps(report, indent=2))
+    print(json.dumps(report, indent=2, allow_nan=False))  # there is no NaN: see `embedding`
 
 
 def print_vectors(report: dict[str, Any]) -> None:

@@ -48,10 +48,11 @@ def embed(
         dtype: Of the weights; by default as the checkpoint has them.
 
     Returns:
-        A NumPy array of float32: `[C]`, or `[n, C]` for a list of n.
+        A NumPy array of float32: `[C]`, or `[n, C]` for a list of n. Its numbers are finite.
 
     Raises:
-        UserError: In one sentence, if an argument cannot be used.
+        UserError: In one sentence, if an argument cannot be used, or the model gives NaN or infinity, as one does
+            whose numbers float16 cannot hold.
 
     Example:
         >>> import visionkernels as vk
@@ -83,11 +84,14 @@ def classify(
         dtype: As for `embed`.
 
     Returns:
-        `[{"label", "score"}]`, the surest first; scores are probabilities (softmax of the logits, or the sigmoid of
-        a single one). A list of such lists for a list of images.
+        `[{"label", "score"}]`, the highest score first; a list of such lists for a list of images. Scores are what
+        transformers' image-classification pipeline makes of the logits: by the config.json's `problem_type` their
+        sigmoid for `"multi_label_classification"`, so that each is a probability of its own, and themselves for
+        `"regression"`; else their softmax, and of a single one the sigmoid.
 
     Raises:
-        UserError: In one sentence, if an argument cannot be used, or the checkpoint does not classify.
+        UserError: In one sentence, if an argument cannot be used, the checkpoint does not classify, or the model gives
+            NaN or infinity, as for `embed`.
 
     Example:
         >>> import visionkernels as vk
@@ -128,7 +132,7 @@ def embeddings(
         if vectors is None:
             tokens = output.last_hidden_state
             vectors = tokens[:, 0] if vit.config.num_class_tokens else tokens.mean(1)
-        vectors = vectors.float().cpu()
+        vectors = _finite(vit, vectors)
         yield torch.nn.functional.normalize(vectors, dim=1) if normalize else vectors
 
 
@@ -140,13 +144,30 @@ def classifications(
     names = vit.config.labels
     for output in _outputs(vit, images, batch_size):
         assert output.logits is not None
-        logits = output.logits.float().cpu()
-        scores = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
+        scores = _scores(_finite(vit, output.logits), vit.config.problem_type)
         best = scores.topk(min(top_k, len(names)), 1)
         yield [
             [{"label": names[i], "score": score} for score, i in zip(*rows, strict=True)]
             for rows in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
+
+
+def _scores(logits: Tensor, problem_type: str | None) -> Tensor:
+    """By the rule of transformers' image-classification pipeline."""
+    if problem_type == "regression":
+        return logits
+    if problem_type == "multi_label_classification" or logits.shape[1] == 1:
+        return logits.sigmoid()
+    return logits.softmax(1)
+
+
+def _finite(vit: ViT, numbers: Tensor) -> Tensor:
+    """The numbers in float32 on the CPU; a UserError if one is none."""
+    numbers = numbers.float().cpu()
+    if not numbers.isfinite().all():
+        way = "its weights may be damaged" if vit.dtype == torch.float32 else "try float32 (--dtype fp32)"
+        raise UserError(f"model: {vit.name} gives NaN or infinity in {vit.dtype} on {vit.device}; {way}")
+    return numbers
 
 
 def check_classifier(vit: ViT) -> None:
