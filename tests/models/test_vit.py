@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import torch
 from models.tiny_vits import CASES, relative_error, save
 from torch import Tensor
 
-from visionkernels.models import ViT, ViTConfig, ViTOutput
+from visionkernels.models import ViT, ViTConfig, ViTOutput, heads
+from visionkernels.models.modules import Options
 from visionkernels.models.positions import Positions
 
 SHAPE = {
@@ -192,6 +194,42 @@ def test_autocast_changes_nothing(vit: ViT, device: torch.device) -> None:
         inside = vit(pixels)
         assert torch.is_autocast_enabled(device.type)
     same(inside, vit(pixels), 1e-6)
+
+
+def test_the_pooling_asks_for_the_model_s_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU no kernel of Triton's runs: the requests are looked at."""
+    asked = []
+    for name in ("attention", "linear"):
+        operator = getattr(heads, name)
+
+        def spy(*args: object, name: str = name, operator=operator, **options: object) -> Tensor:
+            asked.append((name, options.pop("backend")))
+            return operator(*args, **options)
+
+        monkeypatch.setattr(heads, name, spy)
+    options = Options(1e-6, "gelu", "ieee", "auto")
+    pool = ViT(CONFIGS["siglip"]).heads.pool
+    monkeypatch.setattr(type(pool.output), "linear", lambda self, x, options, **_: x)
+    monkeypatch.setattr(type(pool.output), "norm", lambda self, x, options: x)
+    pool(torch.randn(2, 5, 32), replace(options, backend="triton"))
+    assert asked == [("linear", "triton"), ("linear", "triton"), ("attention", "triton")]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["auto", "triton", "pytorch"])
+def test_float32_is_exact_whatever_the_process_has_set(backend: str) -> None:
+    vit = ViT(CONFIGS["siglip"], device="cuda", backend=backend)
+    pixels = pictures().cuda()
+    wide = copy.deepcopy(vit).to(torch.float64)
+    wide.backend = "auto"
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        got = vit(pixels)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for ours, truth in zip(got.tensors(), wide(pixels.double()).tensors(), strict=True):
+        assert relative_error(ours, truth) <= 1e-5
 
 
 def test_hooks_see_every_layer(device: torch.device) -> None:
