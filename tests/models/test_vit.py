@@ -243,6 +243,27 @@ def test_hooks_see_every_layer(device: torch.device) -> None:
     handle.remove()
 
 
+def test_hooks_of_all_modules_see_every_layer(device: torch.device) -> None:
+    vit, seen = ViT(CONFIGS["siglip"], device=device), []
+    count = lambda module, *_: seen.append(type(module).__name__)  # noqa: E731
+    with (
+        torch.nn.modules.module.register_module_forward_hook(count),
+        torch.nn.modules.module.register_module_forward_pre_hook(count),
+    ):
+        vit(pictures().to(device))
+    assert sorted(seen) == sorted(2 * ["ViT", "Layer", "Layer", "Heads", "AttentionPool"])
+    vit(pictures().to(device))
+    assert len(seen) == 10
+
+
+def test_a_hook_that_will_not_be_called_says_so() -> None:
+    vit = ViT(CONFIGS["vit"])
+    for module in (vit.patch, vit.norm, vit.layers[0].fc1, vit.heads.pooler):
+        for register in (module.register_forward_hook, module.register_forward_pre_hook):
+            with pytest.warns(UserWarning, match="this hook will not be called"):
+                register(lambda *_: None).remove()
+
+
 def test_results_are_not_views_of_all_tokens() -> None:
     output = ViT(ViTConfig("dinov2", **SHAPE, pooling="class"))(pictures())
     assert output.pooler_output.untyped_storage().nbytes() == output.pooler_output.numel() * 4
