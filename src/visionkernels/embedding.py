@@ -203,14 +203,26 @@ def _outputs(vit: ViT, images: Iterable[Any], batch_size: int) -> Iterator[ViTOu
     options = _sizes(processor, vit.image_size)
     remaining = iter(images)
     while batch := list(islice(remaining, batch_size)):
-        pixels = [_pixels(processor, read_image(image), options) for image in batch]
+        pixels = [_pixels(vit, processor, read_image(image), options) for image in batch]
         for group in _of_one_size(pixels):
             with torch.inference_mode():
                 yield vit(torch.stack(group).to(vit.device))
 
 
-def _pixels(processor: Any, picture: Image.Image, options: dict[str, Any]) -> Tensor:
-    return processor(images=picture, return_tensors="pt", **options).pixel_values[0]
+def _pixels(vit: ViT, processor: Any, picture: Image.Image, options: dict[str, Any]) -> Tensor:
+    """What the processor makes of a picture, `[3, H, W]` of floating numbers."""
+    try:
+        pixels: Tensor = processor(images=picture, return_tensors="pt", **options).pixel_values[0]
+    except (ValueError, TypeError) as error:  # of settings that do not fit together
+        raise UserError(f"model: the image processor of {vit.name} fails: {one_line(error)}") from error
+    height, width = pixels.shape[1:]
+    if height % vit.config.patch_size or width % vit.config.patch_size:
+        raise UserError(
+            f"model: the image processor of {vit.name} makes a picture of {height} x {width} pixels, which are no "
+            f"multiples of the patch size {vit.config.patch_size}; mend the sizes in its preprocessor_config.json"
+        )
+    # One that neither rescales nor normalises leaves bytes, and the model is to see them as they are.
+    return pixels if pixels.is_floating_point() else pixels.float()
 
 
 def _of_one_size(pixels: list[Tensor]) -> Iterator[list[Tensor]]:

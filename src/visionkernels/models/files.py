@@ -13,13 +13,15 @@ from typing import Any
 import torch
 
 from visionkernels.errors import UserError
-from visionkernels.models.kinds import FILES, FLAG, OBJECT, check, check_value, number, triple
+from visionkernels.models.kinds import FILES, FLAG, OBJECT, TEXT, check, check_value, number, triple
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PIXEL_KINDS = {
+    "image_processor_type": TEXT,
+    "feature_extractor_type": TEXT,
     "do_rescale": FLAG,
     "rescale_factor": number(0, 1e6),
     "do_normalize": FLAG,
