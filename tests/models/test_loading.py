@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from visionkernels._devices import find_device
 from visionkernels.errors import UserError
 from visionkernels.models import FAMILIES, ViT, ViTConfig
-from visionkernels.models.families import _KINDS, _VISION_KINDS, DEFAULTS
-from visionkernels.models.files import _PIXEL_KINDS
+from visionkernels.models.families import DEFAULTS
+from visionkernels.models.kinds import CONFIG, PREPROCESSOR, VISION_CONFIG
 from visionkernels.models.names import TABLES
 from visionkernels.ops._common import shown
 
@@ -358,8 +358,11 @@ def test_values_that_do_not_fit_together(name: str, changes: dict, words: str, t
     [
         ({"rescale_factor": None}, "rescale_factor: expected a number from 0 to 1e+06, but it is None"),
         ({"rescale_factor": "1/255"}, "rescale_factor: expected a number"),
-        ({"image_mean": [0.5]}, "image_mean: expected three of a number from -1e+06 to 1e+06, but it is [0.5]"),
-        ({"image_std": [0.5, 0.5, 0]}, "image_std: expected three of a number"),
+        (
+            {"image_mean": [0.5]},
+            "image_mean: expected a list of three, each a number from -1e+06 to 1e+06, but it is [0.5]",
+        ),
+        ({"image_std": [0.5, 0.5, 0]}, "image_std: expected a list of three, each a number"),
         ({"do_normalize": "no"}, "do_normalize: expected true or false, but it is 'no'"),
         ([], "must hold an object"),
     ],
@@ -445,7 +448,7 @@ def test_a_changed_file_loads_or_is_refused(data: st.DataObject, stored: dict[st
     original = path.read_text()
     changed = json.loads(original)
     part = changed.get("vision_config", changed)
-    known = _PIXEL_KINDS if "preprocessor" in path.name else {**_KINDS, **_VISION_KINDS}
+    known = PREPROCESSOR if "preprocessor" in path.name else {**CONFIG, **VISION_CONFIG}
     keys = st.sampled_from(sorted({*part, *known} - {"vision_config"}))
     part |= data.draw(st.dictionaries(keys, ANYTHING, min_size=1, max_size=3))
     path.write_text(json.dumps(changed))

@@ -48,7 +48,7 @@ class ViTConfig:
             without a classifier.
         projection_size: Channels of `image_embeds`, or None.
         labels: Names of the classes.
-        problem_type: What the classifier was trained for, one of `families.PROBLEM_TYPES`; None if that is not said.
+        problem_type: What the classifier was trained for, one of `kinds.PROBLEM_TYPES`; None if that is not said.
     """
 
     family: str

@@ -6,20 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from visionkernels.errors import UserError
-from visionkernels.models.kinds import (
-    COUNT,
-    FLAG,
-    LABELS,
-    OBJECT,
-    SIZE,
-    TEXT,
-    TEXTS,
-    check,
-    number,
-    one_of,
-    one_or_two,
-    whole,
-)
+from visionkernels.models.kinds import CONFIG, VISION_CONFIG, check
 
 # config.json's model_type -> family
 FAMILIES = {
@@ -81,38 +68,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "siglip": _DEFAULTS | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
     "beit": _DEFAULTS | {"layer_scale_init_value": 0.1},
 }
-PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
-_KINDS = {  # of what a config.json says about the whole model
-    "model_type": TEXT,
-    "architectures": TEXTS,
-    "vision_config": OBJECT,
-    "id2label": LABELS,
-    "num_labels": COUNT,
-    "problem_type": one_of(*PROBLEM_TYPES),
-    "projection_dim": SIZE,
-}
-_VISION_KINDS = {  # and about its vision half
-    "hidden_size": SIZE,
-    "num_hidden_layers": whole(1, 1000),
-    "num_attention_heads": SIZE,
-    "head_dim": SIZE,
-    "intermediate_size": SIZE,
-    "mlp_ratio": number(1e-3, 1e3),
-    "hidden_act": TEXT,
-    "layer_norm_eps": number(0, 1),
-    "image_size": one_or_two(SIZE),
-    "patch_size": one_or_two(SIZE),
-    "num_channels": SIZE,
-    "num_register_tokens": COUNT,
-    "pooler_output_size": SIZE,
-    "projection_dim": SIZE,
-    "rope_theta": number(1e-3, 1e12),
-    "layer_scale_init_value": number(-1e6, 1e6),
-    **dict.fromkeys(("qkv_bias", "query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias"), FLAG),
-    **dict.fromkeys(("use_gated_mlp", "use_swiglu_ffn", "vision_use_head", "use_mean_pooling"), FLAG),
-    **dict.fromkeys(("use_absolute_position_embeddings", "use_relative_position_bias"), FLAG),
-    "use_shared_relative_position_bias": FLAG,
-}
 
 
 def read(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,13 +80,13 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
         UserError: If the family is none that is known, the model has what this package lacks, or a value is of another
             kind than it must be.
     """
-    check("config.json", config, _KINDS)
+    check("config.json", config, CONFIG)
     vision, config = config, _without_nulls(config)
     kind = _model_type(config)
     family = FAMILIES[kind]
     if kind in ("clip", "siglip"):  # with the text half
         vision = config.get("vision_config", {})
-    check("config.json", vision, _VISION_KINDS, required=DEFAULTS[family])
+    check("config.json", vision, VISION_CONFIG, required=DEFAULTS[family])
     values = DEFAULTS[family] | _without_nulls(vision)
     architecture = next(iter(config.get("architectures", ())), "")
     shape, labels = _shape(values), _labels(config)

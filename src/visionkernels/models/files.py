@@ -13,21 +13,12 @@ from typing import Any
 import torch
 
 from visionkernels.errors import UserError
-from visionkernels.models.kinds import FILES, FLAG, OBJECT, TEXT, check, check_value, number, triple
+from visionkernels.models.kinds import FILES, OBJECT, PREPROCESSOR, check, check_value
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_PIXEL_KINDS = {
-    "image_processor_type": TEXT,
-    "feature_extractor_type": TEXT,
-    "do_rescale": FLAG,
-    "rescale_factor": number(0, 1e6),
-    "do_normalize": FLAG,
-    "image_mean": triple(number(-1e6, 1e6)),
-    "image_std": triple(number(1e-6, 1e6)),
-}
 
 
 @dataclass(frozen=True)
@@ -77,7 +68,7 @@ def _preprocessor(find: Callable[[str], Path | None], model: str | Path) -> Mapp
         found = _read_json(path, model)
         check(path.name, found, {"image_processor": OBJECT})
         settings = found.get("image_processor") or {}
-    check(path.name, settings, _PIXEL_KINDS, required=("rescale_factor",) if settings.get("do_rescale", True) else ())
+    check(path.name, settings, PREPROCESSOR, required=("rescale_factor",) if settings.get("do_rescale", True) else ())
     return settings
 
 

@@ -31,7 +31,8 @@ def number(low: float, high: float) -> Kind:
 def triple(kind: Kind) -> Kind:
     """Three of a kind, one a channel."""
     return Kind(
-        f"three of {kind.words}", lambda value: _is_list(value) and len(value) == 3 and all(map(kind.fits, value))
+        f"a list of three, each {kind.words}",
+        lambda value: _is_list(value) and len(value) == 3 and all(map(kind.fits, value)),
     )
 
 
@@ -69,6 +70,48 @@ FILES = Kind(
     "an object of file names",
     lambda value: OBJECT.fits(value) and all(isinstance(name, str) for name in value.values()),
 )
+
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+CONFIG = {  # of what a config.json says about the whole model
+    "model_type": TEXT,
+    "architectures": TEXTS,
+    "vision_config": OBJECT,
+    "id2label": LABELS,
+    "num_labels": COUNT,
+    "problem_type": one_of(*PROBLEM_TYPES),
+    "projection_dim": SIZE,
+}
+VISION_CONFIG = {  # and about its vision half
+    "hidden_size": SIZE,
+    "num_hidden_layers": whole(1, 1000),
+    "num_attention_heads": SIZE,
+    "head_dim": SIZE,
+    "intermediate_size": SIZE,
+    "mlp_ratio": number(1e-3, 1e3),
+    "hidden_act": TEXT,
+    "layer_norm_eps": number(0, 1),
+    "image_size": one_or_two(SIZE),
+    "patch_size": one_or_two(SIZE),
+    "num_channels": SIZE,
+    "num_register_tokens": COUNT,
+    "pooler_output_size": SIZE,
+    "projection_dim": SIZE,
+    "rope_theta": number(1e-3, 1e12),
+    "layer_scale_init_value": number(-1e6, 1e6),
+    **dict.fromkeys(("qkv_bias", "query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias"), FLAG),
+    **dict.fromkeys(("use_gated_mlp", "use_swiglu_ffn", "vision_use_head", "use_mean_pooling"), FLAG),
+    **dict.fromkeys(("use_absolute_position_embeddings", "use_relative_position_bias"), FLAG),
+    "use_shared_relative_position_bias": FLAG,
+}
+PREPROCESSOR = {  # of what a preprocessor_config.json says that is read here
+    "image_processor_type": TEXT,
+    "feature_extractor_type": TEXT,
+    "do_rescale": FLAG,
+    "rescale_factor": number(0, 1e6),
+    "do_normalize": FLAG,
+    "image_mean": triple(number(-1e6, 1e6)),
+    "image_std": triple(number(1e-6, 1e6)),
+}
 
 
 def check(file: str, values: Mapping[str, Any], kinds: Mapping[str, Kind], required: Collection[str] = ()) -> None:
