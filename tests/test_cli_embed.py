@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_embed import checkpoint, picture
 
 import visionkernels as vk
@@ -145,6 +146,83 @@ def test_mistakes_of_both(capsys, job, pictures, classifier, tmp_path):
     assert "--batch-size" in fails_with(capsys, *ok, "--batch-size", "many")
     assert "--dtype: expected one of fp32, fp16, bf16, but it is 'int8'" in fails_with(capsys, *ok, "--dtype", "int8")
     assert "device" in fails_with(capsys, *ok, "--device", "tpu")
+
+
+def test_names_are_no_markup(capsys, tmp_path):
+    checkpoint("vit-classifier", tmp_path)
+    path = tmp_path / "config.json"
+    labels = ["[/b]", "[red]x", ":smile:", "d", "e"]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": dict(enumerate(labels))}))
+    image = tmp_path / "a[b].png"
+    picture().save(image)
+    capsys.readouterr()  # the progress of saving
+    assert "a[b].png" in run(capsys, "embed", str(image), "--model", str(tmp_path))
+    out = run(capsys, "classify", str(image), "--model", str(tmp_path))
+    for word in ("a[b].png", *labels):
+        assert f" {word} " in out
+
+
+PICTURES = {  # what a picture is saved as, and how
+    "cmyk.jpg": lambda image: image.convert("CMYK"),
+    "rgba.png": lambda image: image.convert("RGBA"),
+    "bits.png": lambda image: image.convert("1"),
+    "palette.png": lambda image: image.convert("P"),
+    "grey16.png": lambda image: Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257),
+    "one.png": lambda image: image.resize((1, 1)),
+    "wide.png": lambda image: image.resize((20000, 10)),
+    "thin.png": lambda image: image.resize((1, 3000)),
+}
+
+
+def test_pictures_of_every_kind(capsys, model, tmp_path):
+    paths = [str(tmp_path / name) for name in (*PICTURES, "moves.gif", "turned.jpg")]
+    for path, convert in zip(paths, PICTURES.values(), strict=False):
+        convert(picture()).save(path)
+    picture().save(paths[-2], save_all=True, append_images=[picture(1)])
+    exif = Image.Exif()
+    exif[0x112] = 6  # to be turned by 90 degrees
+    picture().save(paths[-1], exif=exif, quality=100)
+    report = json.loads(run(capsys, "embed", *paths, "--model", model, "--json"))
+    vectors = dict(
+        zip((Path(path).name for path in paths), (one["embedding"] for one in report["images"]), strict=True)
+    )
+    turned = Image.open(paths[-1]).convert("RGB").transpose(Image.Transpose.ROTATE_270)
+    first = Image.open(paths[-2]).convert("RGB")
+    for name, image in (("turned.jpg", turned), ("moves.gif", first), ("rgba.png", picture())):
+        np.testing.assert_allclose(vectors[name], vk.embed(np.array(image), model, device="cpu"), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_pictures_that_cannot_be_read(capsys, model, tmp_path):
+    names = ("floats.tif", "wide.tif", "cut.png", "exif.png", "empty.png")
+    floats, wide, cut, exif, empty = paths = [str(tmp_path / name) for name in names]
+    Image.fromarray(np.zeros((8, 8), dtype=np.float32)).save(floats)
+    Image.fromarray(np.full((8, 8), 10**9, dtype=np.int32)).save(wide)
+    picture().save(cut)
+    Path(cut).write_bytes(Path(cut).read_bytes()[:2000])
+    picture().save(exif, exif=b"Exif\0\0no such thing")
+    Path(empty).write_bytes(b"")
+    good = str(tmp_path / "good.png")
+    picture().save(good)
+    for path in paths:
+        for images in ([path], [good, path]):
+            assert path in fails_with(capsys, "embed", *images, "--model", model, "--device", "cpu")
+
+
+@pytest.mark.parametrize("job", ["embed", "classify"])
+def test_no_json_has_nan(capsys, job, pictures, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    checkpoint("vit-classifier", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["vit.embeddings.position_embeddings"].fill_(torch.nan)
+    save_file(tensors, tmp_path / "model.safetensors")
+    capsys.readouterr()  # the progress of saving
+    output = ["--output", str(tmp_path / "vectors.npy")] if job == "embed" else []
+    for options in (["--json"], output):
+        arguments = [job, *pictures, "--model", str(tmp_path), "--device", "cpu", *options]
+        assert "gives NaN or infinity" in fails_with(capsys, *arguments)
+    assert not (tmp_path / "vectors.npy").exists()
 
 
 def test_mistakes_of_embed(capsys, pictures, model, tmp_path):

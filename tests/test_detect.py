@@ -232,6 +232,7 @@ def test_the_default_device_is_a_gpu_if_there_is_one():
 def test_a_device_other_than_the_detector_s_is_refused(detector, picture, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     with pytest.raises(UserError, match="cuda was asked for, but the given Detector is on cpu"):
         vk.detect(picture, detector, device="cuda")
 

@@ -1,5 +1,7 @@
 """`vk.embed` and `vk.classify`: what a picture's vector and labels are, and what is said about wrong arguments."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +73,41 @@ def test_labels_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     assert [one["label"] for one in got] == [f"LABEL_{i}" for i in order]
     np.testing.assert_allclose([one["score"] for one in got], scores[order], rtol=1e-4)
     assert vk.classify(picture(), tmp_path, top_k=2, device="cpu") == got[:2]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"problem_type": "single_label_classification"},
+        {"problem_type": "multi_label_classification"},
+        {"problem_type": "regression"},
+        {"num_labels": 1},
+        {"num_labels": 1, "problem_type": "regression"},
+    ],
+    ids=str,
+)
+def test_scores_are_those_of_the_pipeline(changes: dict, tmp_path: Path) -> None:
+    case = CASES["vit-classifier"]
+    _, processor = checkpoint("vit-classifier", tmp_path)
+    model = save(replace(case, changes=case.changes | changes), tmp_path)
+    pipeline = transformers.pipeline("image-classification", model=model, image_processor=processor, device="cpu")
+    wanted = pipeline(picture(), top_k=3)
+    got = vk.classify(picture(), tmp_path, top_k=3, device="cpu")
+    assert [one["label"] for one in got] == [one["label"] for one in wanted]
+    np.testing.assert_allclose([one["score"] for one in got], [one["score"] for one in wanted], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "words"), [(torch.float32, "damaged"), (torch.float16, "--dtype fp32")], ids=str)
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_model_that_gives_no_numbers(number: float, dtype: torch.dtype, words: str, tmp_path: Path) -> None:
+    checkpoint("vit-classifier", tmp_path)
+    vit = vk.ViT.from_pretrained(tmp_path, dtype=dtype)
+    vit.norm.bias.fill_(number)
+    vit.heads.classifier.bias[1] = number
+    for job in (vk.embed, vk.classify):
+        with pytest.raises(UserError, match=f"gives NaN or infinity in {dtype} on cpu; .*{words}"):
+            job(picture(), vit)
 
 
 def test_lists_and_batches(tmp_path: Path) -> None:
@@ -162,6 +199,40 @@ def test_wrong_arguments(job, tmp_path: Path) -> None:
     assert "not from a checkpoint" in refusal(picture(), vk.ViT(config))
     (tmp_path / "preprocessor_config.json").unlink()
     assert "image processor" in refusal(picture(), tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"size": {"height": 33, "width": 32}}, "33 x 32 pixels, which are no multiples of the patch size 8"),
+        ({"do_resize": False}, "50 x 60 pixels, which are no multiples of the patch size 8"),
+        ({"size": {"height": -8, "width": 32}}, "the image processor of .* fails: "),
+        ({"size": {"height": "32", "width": 32}}, "the image processor of .* fails: "),
+        ({"resample": 77}, "the image processor of .* fails: "),
+        ({"image_mean": None}, "the image processor of .* fails: "),
+        ({"image_processor_type": 5}, "image_processor_type: expected a string"),
+        ({"size": "big"}, "the image processor of .* cannot be loaded"),
+    ],
+    ids=str,
+)
+def test_image_processors_that_cannot_be_used(settings: dict, words: str, tmp_path: Path) -> None:
+    checkpoint("vit", tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(UserError, match=words) as error:
+        vk.embed(picture(), tmp_path, device="cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_an_image_processor_that_leaves_bytes(tmp_path: Path) -> None:
+    model, _ = checkpoint("vit", tmp_path)
+    size = {"height": 32, "width": 32}
+    processor = transformers.ViTImageProcessorPil(size=size, do_rescale=False, do_normalize=False)
+    processor.save_pretrained(tmp_path)
+    pixels = processor(images=picture(), return_tensors="pt").pixel_values
+    assert pixels.dtype == torch.uint8
+    wanted = outputs(CASES["vit"], model, pixels.float())["pooler_output"][0].numpy()
+    np.testing.assert_allclose(vk.embed(picture(), tmp_path, device="cpu"), wanted, atol=1e-5)
 
 
 def test_what_does_not_classify(tmp_path: Path) -> None:

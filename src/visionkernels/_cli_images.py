@@ -16,6 +16,8 @@ class token.
 
 --output vectors.npy holds one row of float32 an image, in the order of the arguments; --output vectors.parquet two
 columns, image and embedding (needs pyarrow).
+
+A model that gives NaN or infinity, such as one that float16 is too small for, is an error: nothing is written.
 """
 
 _EMBED_EXAMPLES = """\
@@ -28,6 +30,10 @@ examples:
 _CLASSIFY_HELP = """\
 Say what images show, by the classes of a vision transformer with a classifier: ViT, DeiT, DINOv2 (with registers),
 CLIP, SigLIP or BEiT.
+
+Scores are probabilities that sum to 1 (softmax). Where the checkpoint's config.json has the problem_type
+multi_label_classification, and for a single label, each is a probability of its own (sigmoid); for regression they are
+the model's numbers. A model that gives NaN or infinity is an error: nothing is printed.
 """
 
 _CLASSIFY_EXAMPLES = """\

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from visionkernels._checkpoint import require
+from visionkernels._devices import find_device
 from visionkernels._images import check_output, draw_boxes, read_image, write_image
-from visionkernels.detection import Detections, Detector, check_threshold, find_device
+from visionkernels.detection import Detections, Detector, check_threshold
 
 
 @dataclass(frozen=True)

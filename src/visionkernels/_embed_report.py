@@ -14,8 +14,8 @@ import torch
 from visionkernels import embedding
 from visionkernels._checkpoint import require
 from visionkernels._detect_report import silence_transformers, spinner
+from visionkernels._devices import describe, find_device
 from visionkernels._images import read_image
-from visionkernels.detection import describe, find_device
 from visionkernels.errors import UserError
 from visionkernels.models import ViT
 
@@ -92,21 +92,24 @@ def classify(request: Request, top_k: int) -> dict[str, Any]:
 
 def print_json(report: dict[str, Any]) -> None:
     """Print the report as JSON."""
-    print(json.dumps(report, indent=2))
+    print(json.dumps(report, indent=2, allow_nan=False))  # there is no NaN: see `embedding`
 
 
 def print_vectors(report: dict[str, Any]) -> None:
     """Print the beginning of each vector, then what ran and where the vectors are."""
     from rich.table import Table
+    from rich.text import Text  # of names, which may have brackets
 
-    table = Table(title=f"{len(report['images'])} x {report['dimensions']} numbers by {report['model']}")
+    table = Table(title=Text(f"{len(report['images'])} x {report['dimensions']} numbers by {report['model']}"))
     table.add_column("image", overflow="fold")
     table.add_column("length", justify="right")
     table.add_column("begins with")
     for one in report["images"]:
         vector = torch.tensor(one["embedding"])
         table.add_row(
-            Path(one["image"]).name, f"{vector.norm():.3f}", " ".join(f"{x:.3f}" for x in vector[:5].tolist()) + " ..."
+            Text(Path(one["image"]).name),
+            f"{vector.norm():.3f}",
+            " ".join(f"{x:.3f}" for x in vector[:5].tolist()) + " ...",
         )
     written = report["output"] and f"written to {report['output']}"
     _print(table, report, written or "not written: name a file with --output, or print all with --json")
@@ -115,14 +118,17 @@ def print_vectors(report: dict[str, Any]) -> None:
 def print_labels(report: dict[str, Any]) -> None:
     """Print the labels of each image, then what ran."""
     from rich.table import Table
+    from rich.text import Text  # of names, which may have brackets
 
-    table = Table(title=f"{len(report['images'])} image{'s' * (len(report['images']) > 1)} by {report['model']}")
+    images = f"{len(report['images'])} image{'s' * (len(report['images']) > 1)}"
+    table = Table(title=Text(f"{images} by {report['model']}"))
     table.add_column("image", overflow="fold")
     table.add_column("label")
     table.add_column("score", justify="right")
     for one in report["images"]:
         for rank, found in enumerate(one["labels"]):
-            table.add_row("" if rank else Path(one["image"]).name, found["label"], f"{found['score']:.3f}")
+            name = "" if rank else Path(one["image"]).name
+            table.add_row(Text(name), Text(found["label"]), f"{found['score']:.3f}")
         table.add_section()
     _print(table, report, None)
 

@@ -40,45 +40,46 @@ def read_image(image: Any) -> "Image.Image":
     from PIL import Image, ImageOps
 
     if isinstance(image, (str, os.PathLike)):
-        opened = _open(Path(image))
-    elif isinstance(image, Image.Image):
-        opened = image
-    else:
-        return _from_array(image)
-    if 0 in opened.size:
-        raise UserError(f"image: expected at least one pixel, but it is {opened.width} x {opened.height}")
-    return _to_rgb(ImageOps.exif_transpose(opened))
+        return _to_rgb(_open(Path(image)), str(image))
+    if isinstance(image, Image.Image):
+        return _to_rgb(ImageOps.exif_transpose(image), "it")
+    return _from_array(image)
 
 
 def _open(path: Path) -> "Image.Image":
-    from PIL import Image, UnidentifiedImageError
+    """The first picture in a file, upright."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     if path.is_dir():
         raise UserError(f"image: {path} is a directory; name an image file in it")
     if not path.exists():
         raise UserError(f"image: there is no file {path}")
     try:
-        opened = Image.open(path)
-        opened.load()
+        with Image.open(path) as opened:
+            opened.load()
+            return ImageOps.exif_transpose(opened)  # a copy
     except UnidentifiedImageError as error:
         raise UserError(f"image: {path} is no image that Pillow can read") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # Pillow's readers raise all of these on damaged files.
         raise UserError(f"image: {path} cannot be read: {_first_line(error)}") from error
-    return opened
 
 
-def _to_rgb(image: "Image.Image") -> "Image.Image":
+def _to_rgb(image: "Image.Image", name: str) -> "Image.Image":
     import numpy as np
     from PIL import Image
 
+    if 0 in image.size:
+        raise UserError(f"image: expected at least one pixel, but {name} is {image.width} x {image.height}")
     if image.mode.startswith("I"):  # 16-bit grey; Pillow itself would clip everything above 255 to white
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
-            raise UserError("image: expected 8 or 16 bits a pixel, but it has 32; convert it to 8 bits first")
+            raise UserError(f"image: expected 8 or 16 bits a pixel, but {name} has 32; convert it to 8 bits first")
         return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise UserError("image: expected 8 or 16 bits a pixel, but it holds floating-point numbers; convert it first")
+        raise UserError(
+            f"image: expected 8 or 16 bits a pixel, but {name} holds floating-point numbers; convert it first"
+        )
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

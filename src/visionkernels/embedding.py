@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from visionkernels._checkpoint import load_processor, one_line, require
+from visionkernels._devices import find_device
 from visionkernels._images import read_image
-from visionkernels.detection import find_device
 from visionkernels.errors import UserError
 from visionkernels.models import ViT, ViTOutput
 
@@ -48,10 +48,11 @@ def embed(
         dtype: Of the weights; by default as the checkpoint has them.
 
     Returns:
-        A NumPy array of float32: `[C]`, or `[n, C]` for a list of n.
+        A NumPy array of float32: `[C]`, or `[n, C]` for a list of n. Its numbers are finite.
 
     Raises:
-        UserError: In one sentence, if an argument cannot be used.
+        UserError: In one sentence, if an argument cannot be used, or the model gives NaN or infinity, as one does
+            whose numbers float16 cannot hold.
 
     Example:
         >>> import visionkernels as vk
@@ -83,11 +84,14 @@ def classify(
         dtype: As for `embed`.
 
     Returns:
-        `[{"label", "score"}]`, the surest first; scores are probabilities (softmax of the logits, or the sigmoid of
-        a single one). A list of such lists for a list of images.
+        `[{"label", "score"}]`, the highest score first; a list of such lists for a list of images. Scores are what
+        transformers' image-classification pipeline makes of the logits: by the config.json's `problem_type` their
+        sigmoid for `"multi_label_classification"`, so that each is a probability of its own, and themselves for
+        `"regression"`; else their softmax, and of a single one the sigmoid.
 
     Raises:
-        UserError: In one sentence, if an argument cannot be used, or the checkpoint does not classify.
+        UserError: In one sentence, if an argument cannot be used, the checkpoint does not classify, or the model gives
+            NaN or infinity, as for `embed`.
 
     Example:
         >>> import visionkernels as vk
@@ -128,7 +132,7 @@ def embeddings(
         if vectors is None:
             tokens = output.last_hidden_state
             vectors = tokens[:, 0] if vit.config.num_class_tokens else tokens.mean(1)
-        vectors = vectors.float().cpu()
+        vectors = _finite(vit, vectors)
         yield torch.nn.functional.normalize(vectors, dim=1) if normalize else vectors
 
 
@@ -140,13 +144,30 @@ def classifications(
     names = vit.config.labels
     for output in _outputs(vit, images, batch_size):
         assert output.logits is not None
-        logits = output.logits.float().cpu()
-        scores = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
+        scores = _scores(_finite(vit, output.logits), vit.config.problem_type)
         best = scores.topk(min(top_k, len(names)), 1)
         yield [
             [{"label": names[i], "score": score} for score, i in zip(*rows, strict=True)]
             for rows in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
+
+
+def _scores(logits: Tensor, problem_type: str | None) -> Tensor:
+    """By the rule of transformers' image-classification pipeline."""
+    if problem_type == "regression":
+        return logits
+    if problem_type == "multi_label_classification" or logits.shape[1] == 1:
+        return logits.sigmoid()
+    return logits.softmax(1)
+
+
+def _finite(vit: ViT, numbers: Tensor) -> Tensor:
+    """The numbers in float32 on the CPU; a UserError if one is none."""
+    numbers = numbers.float().cpu()
+    if not numbers.isfinite().all():
+        way = "its weights may be damaged" if vit.dtype == torch.float32 else "try float32 (--dtype fp32)"
+        raise UserError(f"model: {vit.name} gives NaN or infinity in {vit.dtype} on {vit.device}; {way}")
+    return numbers
 
 
 def check_classifier(vit: ViT) -> None:
@@ -182,14 +203,26 @@ def _outputs(vit: ViT, images: Iterable[Any], batch_size: int) -> Iterator[ViTOu
     options = _sizes(processor, vit.image_size)
     remaining = iter(images)
     while batch := list(islice(remaining, batch_size)):
-        pixels = [_pixels(processor, read_image(image), options) for image in batch]
+        pixels = [_pixels(vit, processor, read_image(image), options) for image in batch]
         for group in _of_one_size(pixels):
             with torch.inference_mode():
                 yield vit(torch.stack(group).to(vit.device))
 
 
-def _pixels(processor: Any, picture: Image.Image, options: dict[str, Any]) -> Tensor:
-    return processor(images=picture, return_tensors="pt", **options).pixel_values[0]
+def _pixels(vit: ViT, processor: Any, picture: Image.Image, options: dict[str, Any]) -> Tensor:
+    """What the processor makes of a picture, `[3, H, W]` of floating numbers."""
+    try:
+        pixels: Tensor = processor(images=picture, return_tensors="pt", **options).pixel_values[0]
+    except (ValueError, TypeError) as error:  # of settings that do not fit together
+        raise UserError(f"model: the image processor of {vit.name} fails: {one_line(error)}") from error
+    height, width = pixels.shape[1:]
+    if height % vit.config.patch_size or width % vit.config.patch_size:
+        raise UserError(
+            f"model: the image processor of {vit.name} makes a picture of {height} x {width} pixels, which are no "
+            f"multiples of the patch size {vit.config.patch_size}; mend the sizes in its preprocessor_config.json"
+        )
+    # One that neither rescales nor normalises leaves bytes, and the model is to see them as they are.
+    return pixels if pixels.is_floating_point() else pixels.float()
 
 
 def _of_one_size(pixels: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -149,6 +149,35 @@ def test_what_runs_where_gradients_are_asked_for_is_upstreams_own(original, ran)
     assert not any(ran.values())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_eager_attention_gives_its_weights_where_they_are_asked_for(name, ran):
+    case, model = CASES[name], build(name)
+    model.set_attn_implementation("eager")
+    vision = getattr(model, "vision_model", model)
+    stock = vision(pixels(), output_attentions=True)
+    vk.patch(model)
+    got = vision(pixels(), output_attentions=True)
+    assert len(got.attentions) == len(stock.attentions) == 3
+    for ours, theirs in zip(got.attentions, stock.attentions, strict=True):
+        assert relative_error(ours, theirs) <= 1e-5
+    assert ran["attention"] == 0
+    outputs(case, model, pixels(), hidden_states=True)
+    assert ran["attention"] == 3
+    vision.config.output_attentions = True
+    assert len(vision(pixels()).attentions) == 3
+    assert ran["attention"] == 3
+
+
+@torch.no_grad()
+def test_sdpa_has_no_weights_patched_or_not(ran):
+    model = build("vit")
+    assert model(pixels(), output_attentions=True).attentions == ()
+    vk.patch(model)
+    assert model(pixels(), output_attentions=True).attentions == ()
+    assert ran["attention"] == 3
+
+
 def test_frozen_weights_ask_for_no_gradients_but_an_input_may(ran):
     model = build("vit").requires_grad_(False)
     vk.patch(model)

@@ -99,6 +99,25 @@ def test_weights_of_a_functional_call(vit: ViT) -> None:
     same(vit(pixels), eager(vit, pixels))
 
 
+@pytest.mark.xfail(strict=True, reason="ViT._run asks the layers alone whether they have hooks")
+@torch.no_grad()
+def test_hooks_on_heads_are_called_in_place_of_a_replay(vit: ViT) -> None:
+    pixels, seen = torch.randn(1, 3, 32, 32), []
+    pooled = ViT(CONFIGS["siglip"])
+    pooled._graphs = vit._graphs
+    for model, module in ((vit, vit.heads), (pooled, pooled.heads), (pooled, pooled.heads.pool)):
+        model(pixels)
+        for register in (module.register_forward_hook, module.register_forward_pre_hook):
+            handle = register(lambda *_: seen.append(1))
+            model(pixels)
+            model(pixels)
+            assert len(seen) == 2
+            handle.remove()
+            seen.clear()
+            model(pixels)
+            assert not seen
+
+
 def test_a_weight_that_wants_a_gradient_is_refused(vit: ViT) -> None:
     pixels = torch.randn(1, 3, 32, 32)
     vit(pixels)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from models.tiny_vits import CASES, FAMILY_CASES, outputs, relative_error, save, transformers
 from safetensors.torch import load_file, save_file
 
+from visionkernels._devices import find_device
 from visionkernels.errors import UserError
 from visionkernels.models import FAMILIES, ViT, ViTConfig
 from visionkernels.models.families import DEFAULTS
+from visionkernels.models.kinds import CONFIG, PREPROCESSOR, VISION_CONFIG
 from visionkernels.models.names import TABLES
+from visionkernels.ops._common import shown
 
 PICTURES = torch.randn(2, 3, 32, 32)
 
@@ -222,6 +228,9 @@ def test_dtype_is_that_of_the_checkpoint(tmp_path: Path) -> None:
     assert ViT.from_pretrained(tmp_path).dtype == torch.bfloat16
     assert ViT.from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
     assert "torch.int8" in refusal(tmp_path, dtype=torch.int8)
+    message = refusal(tmp_path, dtype="float16")
+    assert message.startswith("dtype: expected one of torch.float32, torch.float16")
+    assert message.endswith("but it is 'float16'")
     edit_config(tmp_path, dtype=None, torch_dtype="float16")  # the older name
     assert ViT.from_pretrained(tmp_path).dtype == torch.float16
     edit_config(tmp_path, dtype=None, torch_dtype=None)
@@ -234,6 +243,24 @@ def test_image_size_is_checked(tmp_path: Path) -> None:
     assert ViT.from_pretrained(tmp_path, image_size=(16, 64)).image_size == (16, 64)
     with pytest.raises(ValueError, match="multiples of the patch size 8, got 30 x 30"):
         ViT.from_pretrained(tmp_path, image_size=30)
+    for size in ("224", (32,), 32.0, True, 0, -32, (32, "32"), torch.tensor(32)):
+        message = refusal(tmp_path, image_size=size)
+        assert message.startswith("image_size: expected a whole number from 1 to 65536, or [height, width] of such, ")
+        assert message.endswith(f"but it is {shown(size)}")
+
+
+def test_devices_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(CASES["vit"], tmp_path)
+    for device in ("nonsense", "mps", "", "cuda:x", 3.5):
+        message = refusal(tmp_path, device=device)
+        assert message == f"device: expected cpu, cuda or cuda:<index>, but it is {str(device)!r}"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert refusal(tmp_path, device="cuda") == "device: cuda is not there: torch sees no GPU; use the CPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert refusal(tmp_path, device="cuda:7") == "device: cuda:7 is not there: torch sees 2 GPUs"
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert find_device("cuda") == torch.device("cuda", 1)
 
 
 CONFIGS = {
@@ -270,3 +297,168 @@ def test_labels(tmp_path: Path) -> None:
     assert ViT.from_pretrained(tmp_path).config.labels == ("a", "b", "c", "d", "k")
     edit_config(tmp_path, id2label={"0": "a"})
     assert "classifier.bias" in refusal(tmp_path) or "classifier.weight" in refusal(tmp_path)
+
+
+WRONG = [  # key, value, what was expected
+    ("num_attention_heads", 0, "a whole number from 1 to"),
+    ("num_attention_heads", True, "a whole number from 1 to"),
+    ("hidden_size", "768", "a whole number from 1 to"),
+    ("hidden_size", 768.0, "a whole number from 1 to"),
+    ("hidden_size", 10**40, "a whole number from 1 to"),
+    ("hidden_size", None, "a whole number from 1 to"),
+    ("intermediate_size", -1, "a whole number from 1 to"),
+    ("num_hidden_layers", -2, "a whole number from 1 to"),
+    ("layer_norm_eps", "1e-6", "a number from 0 to 1"),
+    ("layer_norm_eps", math.nan, "a number from 0 to 1"),
+    ("image_size", 0, "a whole number from 1 to 65536, or [height, width] of such"),
+    ("image_size", [32, 32, 32], "a whole number from 1 to 65536, or [height, width] of such"),
+    ("patch_size", [8, "8"], "a whole number from 1 to 65536, or [height, width] of such"),
+    ("hidden_act", ["gelu"], "a string"),
+    ("qkv_bias", "yes", "true or false"),
+    ("model_type", ["vit"], "a string"),
+    ("architectures", "ViTModel", "a list of strings"),
+    ("id2label", ["cat", "dog"], "an object of names by their numbers"),
+    ("id2label", {"cat": 0}, "an object of names by their numbers"),
+    ("num_labels", "2", "a whole number from 0 to"),
+    ("problem_type", "guessing", "one of single_label_classification, "),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "expected"), WRONG, ids=lambda x: str(x)[:20])
+def test_values_of_a_wrong_kind(key: str, value: object, expected: str, tmp_path: Path) -> None:
+    save(CASES["vit-classifier"], tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    message = refusal(tmp_path)
+    assert message.startswith(f"model: config.json: {key}: expected {expected}")
+    assert message.endswith(f", but it is {value!r}")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("vit", {"hidden_size": 2**16, "num_attention_heads": 1}, "config.json makes it"),  # allocates nothing
+        ("vit", {"image_size": 4}, "image_size 4 x 4 is less than one patch of 8"),
+        ("dinov2", {"mlp_ratio": 0.01}, "mlp_ratio 0.01 leaves the MLP no channels"),
+        ("dinov2", {"mlp_ratio": math.inf}, "mlp_ratio: expected a number"),
+        ("dinov3", {"num_attention_heads": 8}, "heads of 4, 8, ... channels, but they have 6"),
+        ("clip-full", {"vision_config": [1]}, "vision_config: expected an object"),
+        ("clip-full", {"vision_config": {"hidden_size": 0}}, "hidden_size: expected a whole number"),
+    ],
+    ids=str,
+)
+def test_values_that_do_not_fit_together(name: str, changes: dict, words: str, tmp_path: Path) -> None:
+    save(CASES[name], tmp_path)
+    edit_config(tmp_path, **changes)
+    assert words in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"rescale_factor": None}, "rescale_factor: expected a number from 0 to 1e+06, but it is None"),
+        ({"rescale_factor": "1/255"}, "rescale_factor: expected a number"),
+        (
+            {"image_mean": [0.5]},
+            "image_mean: expected a list of three, each a number from -1e+06 to 1e+06, but it is [0.5]",
+        ),
+        ({"image_std": [0.5, 0.5, 0]}, "image_std: expected a list of three, each a number"),
+        ({"do_normalize": "no"}, "do_normalize: expected true or false, but it is 'no'"),
+        ([], "must hold an object"),
+    ],
+    ids=str,
+)
+def test_preprocessors_that_cannot_be_used(settings: object, words: str, tmp_path: Path) -> None:
+    save(CASES["vit"], tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(settings))
+    assert words in refusal(tmp_path)
+    assert "preprocessor_config.json" in refusal(tmp_path)
+    path.rename(tmp_path / "processor_config.json")
+    if isinstance(settings, dict):
+        (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    assert words in refusal(tmp_path)
+    assert " processor_config.json" in refusal(tmp_path)
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": [settings]}))
+    assert "image_processor: expected an object" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"\xff\xfe{}", "cannot be read"),
+        (b"[" * 100_000, "cannot be read"),
+        (b'{"hidden_size": ' + b"1" * 5000 + b"}", "cannot be read"),
+        (b"3", "must hold an object"),
+    ],
+    ids=lambda text: str(text)[:12],
+)
+def test_a_config_that_is_no_json(text: bytes, words: str, tmp_path: Path) -> None:
+    save(CASES["vit"], tmp_path)
+    (tmp_path / "config.json").write_bytes(text)
+    assert words in refusal(tmp_path)
+    assert "config.json" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {"a": 1}, {"a": None}, "model.safetensors"], ids=str)
+def test_indices_that_cannot_be_used(weight_map: object, tmp_path: Path) -> None:
+    save(CASES["vit"], tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert "model.safetensors.index.json: weight_map: expected an object of file names" in refusal(tmp_path)
+
+
+def test_an_index_that_names_what_its_files_lack(tmp_path: Path) -> None:
+    save(CASES["vit"], tmp_path)
+    edit_config(tmp_path, dtype=None, torch_dtype=None)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"none.weight": "model.safetensors"}}))
+    assert "model.safetensors in" in refusal(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"none.weight": "config.json"}}))
+    assert "config.json in" in refusal(tmp_path)
+
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=4)
+    | st.sampled_from([0, 1, 8, 48, 2**16]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint of each family with its config.json, and of one with an image processor."""
+    directories = {}
+    for name in FAMILY_CASES:
+        directories[name] = tmp_path_factory.mktemp(name)
+        save(CASES[name], directories[name])
+        (directories[name] / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
+    return directories
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_changed_file_loads_or_is_refused(data: st.DataObject, stored: dict[str, Path]) -> None:
+    directory = stored[data.draw(st.sampled_from(FAMILY_CASES))]
+    path = directory / data.draw(st.sampled_from(["config.json", "config.json", "preprocessor_config.json"]))
+    original = path.read_text()
+    changed = json.loads(original)
+    part = changed.get("vision_config", changed)
+    known = PREPROCESSOR if "preprocessor" in path.name else {**CONFIG, **VISION_CONFIG}
+    keys = st.sampled_from(sorted({*part, *known} - {"vision_config"}))
+    part |= data.draw(st.dictionaries(keys, ANYTHING, min_size=1, max_size=3))
+    path.write_text(json.dumps(changed))
+    try:
+        vit = ViT.from_pretrained(directory)
+    except UserError as error:
+        message = str(error)
+    else:
+        message = ""
+        vit(torch.zeros(1, 3, 2 * vit.config.patch_size, vit.config.patch_size))
+    finally:
+        path.write_text(original)
+    assert "\n" not in message

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import torch
 from models.tiny_vits import CASES, relative_error, save
 from torch import Tensor
 
-from visionkernels.models import ViT, ViTConfig, ViTOutput
+from visionkernels.models import ViT, ViTConfig, ViTOutput, heads
+from visionkernels.models.modules import Options
 from visionkernels.models.positions import Positions
 
 SHAPE = {
@@ -194,6 +196,42 @@ def test_autocast_changes_nothing(vit: ViT, device: torch.device) -> None:
     same(inside, vit(pixels), 1e-6)
 
 
+def test_the_pooling_asks_for_the_model_s_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU no kernel of Triton's runs: the requests are looked at."""
+    asked = []
+    for name in ("attention", "linear"):
+        operator = getattr(heads, name)
+
+        def spy(*args: object, name: str = name, operator=operator, **options: object) -> Tensor:
+            asked.append((name, options.pop("backend")))
+            return operator(*args, **options)
+
+        monkeypatch.setattr(heads, name, spy)
+    options = Options(1e-6, "gelu", "ieee", "auto")
+    pool = ViT(CONFIGS["siglip"]).heads.pool
+    monkeypatch.setattr(type(pool.output), "linear", lambda self, x, options, **_: x)
+    monkeypatch.setattr(type(pool.output), "norm", lambda self, x, options: x)
+    pool(torch.randn(2, 5, 32), replace(options, backend="triton"))
+    assert asked == [("linear", "triton"), ("linear", "triton"), ("attention", "triton")]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["auto", "triton", "pytorch"])
+def test_float32_is_exact_whatever_the_process_has_set(backend: str) -> None:
+    vit = ViT(CONFIGS["siglip"], device="cuda", backend=backend)
+    pixels = pictures().cuda()
+    wide = copy.deepcopy(vit).to(torch.float64)
+    wide.backend = "auto"
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        got = vit(pixels)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for ours, truth in zip(got.tensors(), wide(pixels.double()).tensors(), strict=True):
+        assert relative_error(ours, truth) <= 1e-5
+
+
 def test_hooks_see_every_layer(device: torch.device) -> None:
     vit = ViT(CONFIGS["vit"], device=device)
     vit(pictures().to(device))
@@ -203,6 +241,27 @@ def test_hooks_see_every_layer(device: torch.device) -> None:
         vit(pictures().to(device))
     assert len(seen) == 3
     handle.remove()
+
+
+def test_hooks_of_all_modules_see_every_layer(device: torch.device) -> None:
+    vit, seen = ViT(CONFIGS["siglip"], device=device), []
+    count = lambda module, *_: seen.append(type(module).__name__)  # noqa: E731
+    with (
+        torch.nn.modules.module.register_module_forward_hook(count),
+        torch.nn.modules.module.register_module_forward_pre_hook(count),
+    ):
+        vit(pictures().to(device))
+    assert sorted(seen) == sorted(2 * ["ViT", "Layer", "Layer", "Heads", "AttentionPool"])
+    vit(pictures().to(device))
+    assert len(seen) == 10
+
+
+def test_a_hook_that_will_not_be_called_says_so() -> None:
+    vit = ViT(CONFIGS["vit"])
+    for module in (vit.patch, vit.norm, vit.layers[0].fc1, vit.heads.pooler):
+        for register in (module.register_forward_hook, module.register_forward_pre_hook):
+            with pytest.warns(UserWarning, match="this hook will not be called"):
+                register(lambda *_: None).remove()
 
 
 def test_results_are_not_views_of_all_tokens() -> None:

@@ -37,7 +37,8 @@ def patch(model: nn.Module) -> PatchReport:
     under `torch.no_grad()` or `torch.inference_mode()` they run, and where a gradient is asked for (grad mode is on and
     an input or a parameter requires one) upstream's code runs, so that training works as before. It also runs for
     norms under `torch.autocast`, in an attention with active dropout, and in an MLP whose linear layers have hooks, are
-    quantised or otherwise not plain. Attention weights are not returned, as with `sdpa`, and
+    quantised or otherwise not plain; and in all attentions of a model that was made with eager attention, for a call
+    that asks for `output_attentions`. Else attention weights are not returned, as with `sdpa`.
     `set_attn_implementation` does nothing to a patched attention until `unpatch`.
 
     Args:

@@ -67,13 +67,14 @@ def attention_forward(
         **kwargs: for upstream's code.
 
     Returns:
-        `[B, N, H, D]`, and None: there are no weights.
+        `[B, N, H, D]`, and None: there are no weights. Where the model was made with eager attention and
+        `output_attentions` is asked for, upstream's code runs and gives them.
 
     Source:
         `transformers.integrations.sdpa_attention.sdpa_attention_forward`.
     """
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
-    if causal or dropout > 0 or wants_gradients(query, key, value, attention_mask):
+    if causal or dropout > 0 or wants_gradients(query, key, value, attention_mask) or _wants_weights(module, kwargs):
         options = {"scaling": scaling, "dropout": dropout, **({} if is_causal is None else {"is_causal": is_causal})}
         output: tuple[Tensor, Tensor | None] = _upstream_attention(module)(
             module, query, key, value, attention_mask, **options, **kwargs
@@ -90,11 +91,29 @@ def _upstream_attention(module: nn.Module) -> Callable[..., Any]:
     """The attention function that the module called before it was patched."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    patch = module.__dict__.get("_visionkernels_patch")
-    name = "sdpa" if patch is None else patch.hidden["config"]._attn_implementation  # None: named by hand
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    found: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    found: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(_upstream_name(module), eager)
     return found
+
+
+def _upstream_name(module: nn.Module) -> str:
+    """The name of that function."""
+    patch = module.__dict__.get("_visionkernels_patch")
+    name: str = "sdpa" if patch is None else patch.hidden["config"]._attn_implementation  # None: named by hand
+    return name
+
+
+def _wants_weights(module: nn.Module, options: dict[str, Any]) -> bool:
+    """Whether the call is to give the attention's weights, which only upstream's eager function does."""
+    if _upstream_name(module) != "eager":
+        return False
+    if options.get("output_attentions") or torch.compiler.is_compiling():
+        return bool(options.get("output_attentions"))
+    from transformers.utils.output_capturing import _active_collector
+
+    # What a model gathers while it runs: SigLIP does not tell its attentions, and a config may ask for it.
+    gathered = _active_collector.get()
+    return gathered is not None and "attentions" in gathered
 
 
 def wants_gradients(*tensors: Tensor | None) -> bool:

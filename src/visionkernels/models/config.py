@@ -8,6 +8,7 @@ from typing import Any
 
 from visionkernels.errors import UserError
 from visionkernels.models import families
+from visionkernels.models.kinds import SIZE, check_value
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class ViTConfig:
             without a classifier.
         projection_size: Channels of `image_embeds`, or None.
         labels: Names of the classes.
+        problem_type: What the classifier was trained for, one of `kinds.PROBLEM_TYPES`; None if that is not said.
     """
 
     family: str
@@ -79,8 +81,11 @@ class ViTConfig:
     classifier: str | None = None
     projection_size: int | None = None
     labels: tuple[str, ...] = ()
+    problem_type: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_heads", "intermediate_size", "patch_size"):
+            check_value(f"config: {name}", getattr(self, name), SIZE)
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise UserError(
                 "config: hidden_size must be a multiple of num_heads, "

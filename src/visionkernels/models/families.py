@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from visionkernels.errors import UserError
+from visionkernels.models.kinds import CONFIG, VISION_CONFIG, check
 
 # config.json's model_type -> family
 FAMILIES = {
@@ -76,26 +77,33 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
         config: The parsed config.json.
 
     Raises:
-        UserError: If the family is none that is known, or the model has what this package lacks.
+        UserError: If the family is none that is known, the model has what this package lacks, or a value is of another
+            kind than it must be.
     """
+    check("config.json", config, CONFIG)
+    vision, config = config, _without_nulls(config)
     kind = _model_type(config)
     family = FAMILIES[kind]
-    vision = config
     if kind in ("clip", "siglip"):  # with the text half
-        vision = config.get("vision_config") or {}
-    values = DEFAULTS[family] | {name: value for name, value in vision.items() if value is not None}
-    architecture = next(iter(config.get("architectures") or ()), "")
+        vision = config.get("vision_config", {})
+    check("config.json", vision, VISION_CONFIG, required=DEFAULTS[family])
+    values = DEFAULTS[family] | _without_nulls(vision)
+    architecture = next(iter(config.get("architectures", ())), "")
     shape, labels = _shape(values), _labels(config)
     parts = _PARTS[family](values, config, architecture)
     if not labels:
         parts["classifier"] = None
-    return {"family": family, **shape, **parts, "labels": labels}
+    return {"family": family, **shape, **parts, "labels": labels, "problem_type": config.get("problem_type")}
+
+
+def _without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _model_type(config: Mapping[str, Any]) -> str:
     kind = config.get("model_type")
     if kind is None:
-        architecture = next(iter(config.get("architectures") or ()), "")
+        architecture = next(iter(config.get("architectures", ())), "")
         starts = [start for start in _ARCHITECTURES if architecture.startswith(start)]
         kind = _ARCHITECTURES[max(starts, key=len)] if starts else architecture or None
     if kind not in FAMILIES:
@@ -117,13 +125,22 @@ def _shape(values: Mapping[str, Any]) -> dict[str, Any]:
     patch = _pair(values["patch_size"])
     if patch[0] != patch[1]:
         raise UserError(f"model: patches must be square, but config.json asks for {patch[0]} x {patch[1]} pixels")
+    image = _pair(values["image_size"])
+    if min(image) < patch[0]:
+        raise UserError(f"model: config.json: image_size {image[0]} x {image[1]} is less than one patch of {patch[0]}")
+    width, heads = values["hidden_size"], values["num_attention_heads"]
+    if "head_dim" not in values and width % heads:
+        raise UserError(
+            "model: config.json: hidden_size must be a multiple of num_attention_heads, "
+            f"but they are {width} and {heads}"
+        )
     return {
-        "hidden_size": values["hidden_size"],
+        "hidden_size": width,
         "num_layers": values["num_hidden_layers"],
-        "num_heads": values["num_attention_heads"],
+        "num_heads": heads,
         "head_dim": values.get("head_dim"),
         "patch_size": patch[0],
-        "image_size": _pair(values["image_size"]),
+        "image_size": image,
         "layer_norm_eps": values["layer_norm_eps"],
     }
 
@@ -157,6 +174,8 @@ def _deit(values: Mapping[str, Any], config: Mapping[str, Any], architecture: st
 
 def _dinov2(values: Mapping[str, Any], config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
     hidden = int(values["hidden_size"] * values["mlp_ratio"])
+    if hidden < 1:
+        raise UserError(f"model: config.json: mlp_ratio {values['mlp_ratio']} leaves the MLP no channels")
     gated = values.get("use_swiglu_ffn", False)
     return {
         # SwiGLU has two thirds of the channels, rounded up to a multiple of 8.
@@ -177,6 +196,11 @@ def _dinov2_with_registers(values: Mapping[str, Any], config: Mapping[str, Any],
 
 
 def _dinov3(values: Mapping[str, Any], config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+    head_dim = values.get("head_dim", values["hidden_size"] // values["num_attention_heads"])
+    if head_dim % 4:
+        raise UserError(
+            f"model: config.json: a rotary embedding needs heads of 4, 8, ... channels, but they have {head_dim}"
+        )
     return _mlp(values) | {
         "gated_mlp": values.get("use_gated_mlp", False),
         "qkv_bias": (values.get("query_bias", True), values.get("key_bias", False), values.get("value_bias", True)),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from visionkernels.errors import UserError
+from visionkernels.models.kinds import FILES, OBJECT, PREPROCESSOR, check, check_value
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -58,9 +60,16 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 def _preprocessor(find: Callable[[str], Path | None], model: str | Path) -> Mapping[str, Any] | None:
     path = find("preprocessor_config.json")
     if path is not None:
-        return _read_json(path, model)
-    path = find("processor_config.json")  # of pictures and text together
-    return None if path is None else _read_json(path, model).get("image_processor")
+        settings = _read_json(path, model)
+    else:
+        path = find("processor_config.json")  # of pictures and text together
+        if path is None:
+            return None
+        found = _read_json(path, model)
+        check(path.name, found, {"image_processor": OBJECT})
+        settings = found.get("image_processor") or {}
+    check(path.name, settings, PREPROCESSOR, required=("rescale_factor",) if settings.get("do_rescale", True) else ())
+    return settings
 
 
 def _finder(model: str | Path) -> Callable[[str], Path | None]:
@@ -99,7 +108,7 @@ def _download(model: str, name: str) -> Path | None:
 def _read_json(path: Path, model: str | Path) -> Any:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:  # also of bytes that are no text, and of endless numbers
         raise UserError(f"model: {path.name} in {model} cannot be read: {error}") from error
     if not isinstance(found, dict):
         raise UserError(f"model: {path.name} in {model} must hold an object, but it holds a {type(found).__name__}")
@@ -107,24 +116,34 @@ def _read_json(path: Path, model: str | Path) -> Any:
 
 
 def _tensor_files(find: Callable[[str], Path | None], model: str | Path) -> dict[str, Path]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     index = find(INDEX)
     if index is None:
         single = find(WEIGHTS)
         if single is None:
             raise UserError(f"model: {model} has no weights in it: neither {WEIGHTS} nor {INDEX}")
-        try:
-            with safe_open(single, "pt") as file:
-                return dict.fromkeys(file.keys(), single)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"model: {WEIGHTS} in {model} cannot be read: {error}") from error
-    shards: Mapping[str, str] = _read_json(index, model).get("weight_map", {})
+        with reading(model, single), safe_open(single, "pt") as file:
+            return dict.fromkeys(file.keys(), single)
+    found = _read_json(index, model)
+    check_value(f"model: {INDEX}: weight_map", found.get("weight_map"), FILES)
+    shards: Mapping[str, str] = found["weight_map"]
     paths = {name: find(name) for name in sorted(set(shards.values()))}
     absent = [name for name, path in paths.items() if path is None]
     if absent:
         raise UserError(f"model: {model} lacks {absent[0]}, which {INDEX} names")
     return {name: path for name, shard in shards.items() if (path := paths[shard]) is not None}
+
+
+@contextmanager
+def reading(model: str | Path, path: Path) -> Iterator[None]:
+    """A context in which a file of safetensors is read: what is wrong with it becomes a UserError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"model: {path.name} in {model} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -136,7 +155,7 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     if dtype in DTYPES:
         return dtype
     for name, path in checkpoint.files.items():
-        with safe_open(path, "pt") as file:
+        with reading(checkpoint.name, path), safe_open(path, "pt") as file:
             found = _SAFETENSORS_DTYPES.get(file.get_slice(name).get_dtype())
         if found is not None:
             return found
@@ -156,9 +175,9 @@ def normalisation(
     preprocessor: Mapping[str, Any] | None,
 ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
     """Mean and deviation by channel that an image processor's settings name, or None."""
-    if preprocessor is None or abs(preprocessor.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
+    if preprocessor is None or not preprocessor.get("do_rescale", True):
         return None, None
-    if not preprocessor.get("do_rescale", True):
+    if abs(preprocessor.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
         return None, None
     if not preprocessor.get("do_normalize", True):
         return (0.0,) * 3, (1.0,) * 3

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionkernels.models.config import ViTConfig
 from visionkernels.models.modules import Affine, Options
+from visionkernels.ops.attention.op import attention
 from visionkernels.ops.linear.op import linear
 
 
@@ -104,16 +104,17 @@ class AttentionPool(nn.Module):
         Returns:
             `[B, C]`.
         """
-        batch, _, channels = x.shape
+        channels = x.shape[2]
         weight, bias = self.qkv.weight, self.qkv.bias
         assert bias is not None
         precision, backend = options.precision, options.backend
         query = linear(self.probe, weight[:channels], bias[:channels], precision=precision, backend=backend)
         memory = linear(x, weight[channels:], bias[channels:], precision=precision, backend=backend)
-        # One query to many keys: PyTorch's attention, as this package's has as many queries as keys.
-        query = query.view(1, 1, self.num_heads, -1).expand(batch, -1, -1, -1).transpose(1, 2)
-        key, value = memory.unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(batch, channels)
+        # The operator has as many queries as keys: the same one for each token, and one result is read. Its scores are
+        # a small part of one layer's work, and backend and precision are kept.
+        query = query.view(1, 1, self.num_heads, -1).repeat(*x.shape[:2], 1, 1)
+        key, value = memory.unflatten(2, (2, self.num_heads, -1)).unbind(2)
+        mixed = attention(query, key, value, backend=backend)[:, 0].flatten(1)
         pooled = self.output.linear(mixed, options)
         hidden = self.fc1.linear(self.norm.norm(pooled, options), options, activation=options.activation)
         return self.fc2.linear(hidden, options, residual=pooled)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
 
 from visionkernels.models.config import ViTConfig
 from visionkernels.models.positions import Positions
@@ -15,6 +19,11 @@ from visionkernels.ops.attention.op import packed_attention
 from visionkernels.ops.layer_norm.op import layer_norm
 from visionkernels.ops.linear.op import gated_linear, linear
 from visionkernels.ops.linear_add_layer_norm.op import linear_add_layer_norm
+
+_NOT_CALLED = (
+    "this hook will not be called: the module holds weights that operators read, and is not called itself; those that "
+    "are: the ViT, each of its layers, heads, and heads.pool"
+)
 
 
 @dataclass(frozen=True)
@@ -35,10 +44,10 @@ class Options:
 
 
 class Affine(nn.Module):
-    """A weight and perhaps a bias.
+    """A weight and perhaps a bias, for an operator that may do more than they say; so it has no `forward`.
 
     The weights are buffers, not parameters, because nothing here is trained: an optimizer or a gradient that
-    expects parameters finds none.
+    expects parameters finds none. A hook warns that it will not be called.
     """
 
     weight: Tensor
@@ -52,6 +61,16 @@ class Affine(nn.Module):
         else:
             self.register_buffer("weight", torch.randn(shape) * math.prod(shape[1:]) ** -0.5)
         self.register_buffer("bias", torch.zeros(rows) if bias else None)
+
+    def register_forward_hook(self, *args: Any, **options: Any) -> RemovableHandle:
+        """As `torch.nn.Module.register_forward_hook`, and warn."""
+        warnings.warn(_NOT_CALLED, stacklevel=2)
+        return super().register_forward_hook(*args, **options)
+
+    def register_forward_pre_hook(self, *args: Any, **options: Any) -> RemovableHandle:
+        """As `torch.nn.Module.register_forward_pre_hook`, and warn."""
+        warnings.warn(_NOT_CALLED, stacklevel=2)
+        return super().register_forward_pre_hook(*args, **options)
 
     def norm(self, x: Tensor, options: Options) -> Tensor:
         """Layer norm with this weight."""
@@ -88,6 +107,22 @@ class Affine(nn.Module):
             precision=options.precision,
             backend=options.backend,
         )
+
+
+def forward_hooks(modules: Iterable[nn.Module]) -> list[Mapping[int, Any]]:
+    """Where PyTorch keeps the forward hooks of some modules, and those of all modules.
+
+    The objects stay the same while hooks come and go, so that the list can be kept and `any` of it asked for each
+    forward. A hook is called where the module is: of a ViT's modules the layers, the heads and SigLIP's pooling are.
+
+    Args:
+        modules: The modules.
+
+    Returns:
+        A mapping for each place; where there are no hooks it is empty.
+    """
+    own = (hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks))
+    return [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks, *own]
 
 
 class Layer(nn.Module):
@@ -186,8 +221,8 @@ class Layers(nn.ModuleList):
 
     @property
     def hooked(self) -> bool:
-        """Whether a layer has hooks."""
-        return any(layer._forward_hooks or layer._forward_pre_hooks for layer in self)
+        """Whether a layer has forward hooks, or all modules have."""
+        return any(forward_hooks(self))
 
     def encode(
         self, x: Tensor, last_norm: Affine | None, place: Positions, options: Options, output_hidden_states: bool

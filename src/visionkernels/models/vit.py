@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visionkernels._devices import find_device
 from visionkernels.errors import UserError
 from visionkernels.models import positions
 from visionkernels.models.changes import Weights
@@ -17,10 +18,11 @@ from visionkernels.models.config import ViTConfig
 from visionkernels.models.files import DTYPES, check_support, normalisation, open_checkpoint, stored_dtype
 from visionkernels.models.graphs import GraphPool, operators_are_traced
 from visionkernels.models.heads import Heads
+from visionkernels.models.kinds import SIZE, check_value, one_or_two
 from visionkernels.models.modules import Affine, Layers, Options, relative_position_bias_table
 from visionkernels.models.output import ViTOutput
 from visionkernels.models.positions import Positions
-from visionkernels.models.weights import load, settle
+from visionkernels.models.weights import load, match, settle
 from visionkernels.ops import _inference
 from visionkernels.ops.linear.op import PRECISIONS
 from visionkernels.ops.patch_embedding.op import patch_embedding
@@ -148,18 +150,19 @@ class ViT(nn.Module):
         Example:
             >>> vit = ViT.from_pretrained("google/vit-base-patch16-224", device="cuda")  # doctest: +SKIP
         """
+        target = find_device("cpu" if device is None else device)
+        if dtype is not None and dtype not in DTYPES:
+            raise UserError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, but it is {dtype!r}")
         checkpoint = open_checkpoint(model)
         config = settle(ViTConfig.from_dict(checkpoint.config), checkpoint.files)
-        dtype = dtype or stored_dtype(checkpoint)
-        if dtype not in DTYPES:
-            raise UserError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, but it is {dtype}")
-        target = torch.device(device or "cpu")
+        dtype = stored_dtype(checkpoint) if dtype is None else dtype
         check_support(dtype, target)
         settings: dict[str, Any] = {"backend": backend, "precision": precision, "cuda_graphs": cuda_graphs}
         vit = cls(config, dtype=dtype, device="meta", **settings)
+        targets = match(checkpoint, config, vit)
         with torch.inference_mode(False), torch.no_grad():
             vit.to_empty(device=target)
-            load(checkpoint, config, vit)
+            load(checkpoint, targets, vit)
         vit.name = checkpoint.name
         vit.pixel_mean, vit.pixel_std = normalisation(checkpoint.preprocessor)
         vit.image_size = image_size
@@ -172,8 +175,10 @@ class ViT(nn.Module):
 
     @image_size.setter
     def image_size(self, size: int | tuple[int, int] | None) -> None:
-        pair = (size, size) if isinstance(size, int) else size
-        if pair is not None:
+        pair = None
+        if size is not None:
+            check_value("image_size", size, one_or_two(SIZE))
+            pair = (size, size) if isinstance(size, int) else (size[0], size[1])
             self._check_size(*pair, "image_size")
             patch = self.config.patch_size
             self._positions_of((pair[0] // patch, pair[1] // patch))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from visionkernels.errors import UserError
 from visionkernels.models.config import ViTConfig
-from visionkernels.models.files import Checkpoint
+from visionkernels.models.files import Checkpoint, reading
 from visionkernels.models.names import HEADS, PREFIXES, UNUSED, Table, generations
 
 
@@ -122,43 +122,71 @@ def _target(spec: str) -> Target:
     return Target(name, int(index), int(parts))
 
 
-def load(checkpoint: Checkpoint, config: ViTConfig, model: nn.Module) -> None:
-    """Copy a checkpoint's tensors into a model, each converted on the CPU to the model's dtype.
+def match(checkpoint: Checkpoint, config: ViTConfig, model: nn.Module) -> dict[str, Target]:
+    """Where each tensor of a checkpoint goes, once it is sure that all fit.
 
     Args:
         checkpoint: The checkpoint.
         config: The model's shape, from `settle`.
-        model: The model, in its final dtype and on its final device; its contents are overwritten.
+        model: The model, on any device: on meta nothing is allocated for weights that do not fit.
+
+    Returns:
+        As `rename`.
 
     Raises:
         UserError: If a tensor is missing, has no place, or is of another shape; or a file cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    targets = rename(config, model, checkpoint.files)
+    targets, buffers = rename(config, model, checkpoint.files), dict(model.named_buffers())
+    for path, names in _by_file(checkpoint, targets):
+        with reading(checkpoint.name, path), safe_open(path, "pt") as file:
+            for name in names:
+                _check_shape(name, file.get_slice(name).get_shape(), _place(targets[name], buffers).shape)
+    return targets
+
+
+def load(checkpoint: Checkpoint, targets: Mapping[str, Target], model: nn.Module) -> None:
+    """Copy a checkpoint's tensors into a model, each converted on the CPU to the model's dtype.
+
+    Args:
+        checkpoint: The checkpoint.
+        targets: From `match`.
+        model: The model, in its final dtype and on its final device; its contents are overwritten.
+
+    Raises:
+        UserError: If a file cannot be read.
+    """
+    from safetensors import safe_open
+
     buffers = dict(model.named_buffers())
     for name in (name for name in buffers if name.endswith(".bias")):
         buffers[name].zero_()  # a part without a bias, such as DINOv3's key, has one of 0
+    for path, names in _by_file(checkpoint, targets):
+        with reading(checkpoint.name, path), safe_open(path, "pt") as file:
+            for name in names:
+                place = _place(targets[name], buffers)
+                place.copy_(file.get_tensor(name).to(place.dtype).view(place.shape))
+
+
+def _by_file(checkpoint: Checkpoint, targets: Mapping[str, Target]) -> Iterator[tuple[Path, list[str]]]:
     for path in sorted(set(checkpoint.files.values())):
-        wanted = [name for name in targets if checkpoint.files[name] == path]
-        try:
-            with safe_open(path, "pt") as file:
-                for name in wanted:
-                    _copy(name, file.get_tensor(name), targets[name], buffers[targets[name].name])
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"model: {path.name} in {checkpoint.name} cannot be read: {error}") from error
+        yield path, [name for name in targets if checkpoint.files[name] == path]
 
 
-def _copy(name: str, tensor: Tensor, target: Target, buffer: Tensor) -> None:
-    place = buffer[target.rows(buffer.shape[0])]
-    if _without_ones(tensor.shape) != _without_ones(place.shape):
-        sizes = _without_ones(place.shape)
-        expected = [1] * (tensor.dim() - len(sizes)) + sizes
-        raise UserError(f"model: {name} in the checkpoint is {list(tensor.shape)}, but config.json makes it {expected}")
-    place.copy_(tensor.to(buffer.dtype).view(place.shape))
+def _place(target: Target, buffers: Mapping[str, Tensor]) -> Tensor:
+    buffer = buffers[target.name]
+    return buffer[target.rows(buffer.shape[0])]
 
 
-def _without_ones(shape: torch.Size) -> list[int]:
+def _check_shape(name: str, shape: Sequence[int], place: Sequence[int]) -> None:
+    sizes = _without_ones(place)
+    if _without_ones(shape) != sizes:
+        expected = [1] * (len(shape) - len(sizes)) + sizes
+        raise UserError(f"model: {name} in the checkpoint is {list(shape)}, but config.json makes it {expected}")
+
+
+def _without_ones(shape: Sequence[int]) -> list[int]:
     """A shape without the axes of 1 that it begins with: tokens and positions are stored with a batch axis."""
     sizes = list(shape)
     while sizes and sizes[0] == 1:

@@ -208,6 +208,7 @@ def launch(
         if runner is not None:
             runner(*arguments)
             return
+        _check_bfloat16(kernel, arguments, device)
         compiled = kernel[grid](*arguments, **options)
         if compiled is not None:  # the interpreter compiles nothing
             if len(_runners) >= MAX_RUNNERS:
@@ -217,6 +218,17 @@ def launch(
 
 MAX_RUNNERS = 4096
 _runners: dict[tuple[Any, ...], Callable[..., None]] = {}
+
+
+def _check_bfloat16(kernel: Any, arguments: Sequence[Any], device: torch.device) -> None:
+    """Raise where a GPU has no bfloat16: there Triton's compiler fails, or makes slow kernels, by its version."""
+    capability = device_of(device).capability
+    if (0, 0) < capability < (8, 0) and any(isinstance(a, Tensor) and a.dtype == torch.bfloat16 for a in arguments):
+        name = kernel.__name__.strip("_").removesuffix("_kernel")
+        raise TypeError(
+            f"{name} takes no bfloat16 on {device}, which has compute capability {capability[0]}.{capability[1]} and "
+            'needs 8.0; convert the tensors to float16 or float32, or pass backend="pytorch"'
+        )
 
 
 def _what_is_compiled(argument: Any) -> Any:

@@ -1,10 +1,13 @@
 """Attention against float64, on every backend, by the tolerance rule of `helpers.py`."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_accurate
 
+from visionkernels.ops.attention import cpu
 from visionkernels.ops.attention.op import attention, packed_attention
 from visionkernels.ops.attention.reference import join_windows, reference_attention, rotate, split_windows
 
@@ -301,3 +304,41 @@ def test_more_than_two_to_the_31_elements():
     output = attention(*qkv.unbind(2), window=window, backend="triton")
     assert (output[1, -4:] == 0.25).all()
     assert output[1, :-4].abs().max() == 0
+
+
+def test_float32_is_exact_in_pytorchs_kernels(monkeypatch):
+    """On the CPU: the setting of the process is overruled while they run, and only then."""
+    asked, inside = [], []
+    attend = F.scaled_dot_product_attention
+
+    @contextmanager
+    def precision(tensor, name):
+        asked.append((tensor.dtype, name))
+        yield
+        asked.append("out")
+
+    def spy(*args, **options):
+        inside.append(len(asked))
+        return attend(*args, **options)
+
+    monkeypatch.setattr(cpu, "float32_precision", precision)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    attention(*make(1, 5, 2, 16), backend="pytorch")
+    assert asked == [(F32, "ieee"), "out"]
+    assert inside == [1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("allowed", ["highest", "high"])
+@pytest.mark.parametrize("head_dim", [12, 64])
+def test_exact_float32_whatever_the_process_has_set(allowed, head_dim):
+    inputs = [x.cuda() for x in make(2, 197, 3, head_dim)]
+    truth = reference_attention(*(x.double() for x in inputs))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(allowed)
+    try:
+        for backend in ("pytorch", "auto"):
+            assert (attention(*inputs, backend=backend) - truth).abs().max() < 1e-5
+        assert torch.get_float32_matmul_precision() == allowed
+    finally:
+        torch.set_float32_matmul_precision(before)

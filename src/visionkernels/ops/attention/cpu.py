@@ -1,7 +1,8 @@
 """Attention by PyTorch's own kernels: all of the CPU path, and the backend "pytorch" on CUDA.
 
 ``scaled_dot_product_attention`` picks flash, cuDNN or memory-efficient attention on CUDA and a blocked kernel on the
-CPU. It knows neither rotary embedding nor windows, so those are PyTorch operators around it.
+CPU. It knows neither rotary embedding nor windows, so those are PyTorch operators around it. Products of float32 are
+exact, whatever the process has set, as in the Triton kernel.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionkernels.ops.attention.reference import join_windows, rotate, split_windows
+from visionkernels.ops.linear.cpu import float32_precision
 
 
 def forward(
@@ -40,5 +42,6 @@ def forward(
         # Broadcast here: the kernels that take a bias want its last two axes whole.
         bias = bias.expand(query.shape[0], query.shape[2], query.shape[1], query.shape[1])
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale).transpose(1, 2)
+    with float32_precision(query, "ieee"):
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale).transpose(1, 2)
     return (output if window is None else join_windows(output, window)).contiguous()
