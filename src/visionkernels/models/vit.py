@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from visionkernels._devices import find_device
 from visionkernels.errors import UserError
 from visionkernels.models import positions
-from visionkernels.models.changes import Weights
+from visionkernels.models.changes import Snapshot
 from visionkernels.models.config import ViTConfig
 from visionkernels.models.files import DTYPES, check_support, normalisation, open_checkpoint, stored_dtype
 from visionkernels.models.graphs import GraphPool, operators_are_traced
@@ -40,9 +40,9 @@ class ViT(nn.Module):
     captured for each batch and image size, and replayed; results are copies, which no later call overwrites. A batch
     runs in a graph of up to a quarter more images if there is one, and else gets its own. Inside `torch.compile`,
     `torch.export` and a capture of the caller's, the operators run one by one; so they do with `cuda_graphs = False`
-    and while a layer has hooks. While a graph is captured, in the first forward of its size, PyTorch refuses other
-    threads random numbers on that GPU. `torch.autocast` changes nothing: the model computes in the dtype of its
-    weights. The linear layers' products of float32 are exact unless `precision` allows less.
+    and while a layer, the heads or SigLIP's pooling have hooks. While a graph is captured, in the first forward of its
+    size, PyTorch refuses other threads random numbers on that GPU. `torch.autocast` changes nothing: the model computes
+    in the dtype of its weights. The linear layers' products of float32 are exact unless `precision` allows less.
 
     Args:
         config: The model's shape.
@@ -91,7 +91,7 @@ class ViT(nn.Module):
         self.pixel_std: tuple[float, ...] | None = None
         self._positions: dict[tuple[int, int], Positions] = {}
         self._graphs = GraphPool()
-        self._weights: Weights | None = None  # those that positions and graphs were made from
+        self._snapshot: Snapshot | None = None  # what positions and graphs were made from
         with torch.inference_mode(False), torch.device(device or "cpu"):
             self._make(config)
         if dtype is not None:
@@ -215,7 +215,7 @@ class ViT(nn.Module):
         _inference.refuse_gradients("ViT", pixel_values, instead="the model of transformers")
         if not self.cuda_graphs or not GraphPool.applies(pixel_values):
             if not operators_are_traced():
-                self._notice_changes()
+                self._is_unchanged()
             self._check_pixels(pixel_values)
             return self._encode(pixel_values, output_hidden_states)
         is_uint8 = pixel_values.dtype == torch.uint8
@@ -223,11 +223,11 @@ class ViT(nn.Module):
         mean = (tuple(self.pixel_mean or ()), tuple(self.pixel_std or ())) if is_uint8 else None
         options = (output_hidden_states, self.backend, self.precision, mean)
         # Pixels of a captured shape are right, and whether the model is still the same is asked while the GPU works.
-        output = self._graphs.replay(pixel_values, dtype, options, self._notice_changes)
+        output = self._graphs.replay(pixel_values, dtype, options, self._is_unchanged)
         if output is not None:
             return output
         self._check_pixels(pixel_values)
-        if self.layers.hooked:
+        if self._snapshot is None or self._snapshot.hooked:
             return self._encode(pixel_values, output_hidden_states)
         place = self._positions_of(self._grid_of(pixel_values))
         encode = partial(self._encode, output_hidden_states=output_hidden_states, place=place)
@@ -310,16 +310,16 @@ class ViT(nn.Module):
                 f"got {height} x {width}"
             )
 
-    def _notice_changes(self) -> bool:
+    def _is_unchanged(self) -> bool:
         """Whether graphs may be replayed; what was made from other weights is dropped."""
-        weights = self._weights
-        current = weights is not None and weights.are_current()
-        if weights is None or not current:
+        snapshot = self._snapshot
+        current = snapshot is not None and snapshot.is_current()
+        if snapshot is None or not current:
             self._forget()
-            self._weights = weights = Weights(self, _SOURCES)
+            self._snapshot = snapshot = Snapshot(self, _SOURCES, [*self.layers, *self.heads.modules()])
         if torch.is_grad_enabled():
-            _inference.refuse_gradients("ViT", *weights.tensors, instead="the model of transformers")
-        if self.layers.hooked:
+            _inference.refuse_gradients("ViT", *snapshot.tensors, instead="the model of transformers")
+        if snapshot.hooked:
             self._graphs.clear()
             return False
         return current
@@ -342,7 +342,7 @@ class ViT(nn.Module):
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_positions": {}, "_graphs": None, "_weights": None}
+        return self.__dict__ | {"_positions": {}, "_graphs": None, "_snapshot": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

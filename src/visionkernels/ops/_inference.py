@@ -84,6 +84,8 @@ def refuse_gradients(name: str, *arguments: object, instead: str = "torch.nn.fun
         arguments: those of it that may be tensors.
         instead: what computes the same with gradients.
     """
+    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+        return
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise RuntimeError(

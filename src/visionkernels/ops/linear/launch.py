@@ -144,6 +144,7 @@ def tma_reads(matrix: Tensor) -> bool:
     """Whether TMA can read and write ``matrix``, ``[M, N]`` with a contiguous last axis, where it lies."""
     size = matrix.element_size()
     aligned = matrix.data_ptr() % ALIGNMENT == 0 and matrix.stride(0) * size % ALIGNMENT == 0
+    aligned = aligned and matrix.stride(1) == 1  # a single column may have another
     # A stride of 0 is one that TMA cannot step by, and of a matrix without elements nothing is read.
     return aligned and matrix.stride(0) > 0 and matrix.numel() > 0 and max(matrix.shape) <= MAX_INT32
 
