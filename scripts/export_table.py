@@ -9,6 +9,9 @@ The detectors are small models of transformers with random weights, made by the 
 
 import argparse
 import json
+import os
+import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests")]
 
+LIMIT = 600  # seconds that a cell may take
 JSON, TABLE = ROOT / "docs" / "export.json", ROOT / "docs" / "export.md"
 
 # column: format of the command, sizes that stay open
@@ -108,6 +112,20 @@ def measure(row: str, column: str) -> dict[str, Any]:
     return result | {"seconds": round(time.perf_counter() - start)}
 
 
+def measure_within_limit(row: str, column: str) -> dict[str, Any]:
+    """One cell, in a process of its own, which is ended with all that it has started after `LIMIT` seconds."""
+    command = [sys.executable, __file__, "--cell", row, column]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            printed, _ = process.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return {"ok": False, "reason": f"took more than {LIMIT // 60} minutes on two cores"}
+    if process.returncode:
+        raise RuntimeError(f"{row} | {column}: the process ended with {process.returncode}")
+    return json.loads(printed.splitlines()[-1])
+
+
 def table(results: dict[str, Any]) -> str:
     """The page."""
     versions, cells = results["versions"], results["cells"]
@@ -150,10 +168,6 @@ def fill(again: list[str], only: Callable[[str, str], bool]) -> None:
     import torch
     import transformers
 
-    from visionkernels.export.command import be_quiet
-
-    warnings.simplefilter("ignore")
-    be_quiet()
     results = json.loads(JSON.read_text()) if JSON.exists() else {"cells": {}}
     results["versions"] = {
         "torch": torch.__version__.split("+")[0],
@@ -166,7 +180,7 @@ def fill(again: list[str], only: Callable[[str, str], bool]) -> None:
             key = f"{row} | {column}"
             if not only(row, column) or (key in results["cells"] and DETECTORS.get(row, row) not in again):
                 continue
-            cell = measure(row, column)
+            cell = measure_within_limit(row, column)
             print(key, cell, flush=True)
             if JSON.exists():  # another run may have written since
                 results["cells"] = json.loads(JSON.read_text())["cells"]
@@ -182,7 +196,15 @@ def main() -> int:
     parser.add_argument("--again", metavar="MODEL", nargs="+", default=[], help="measure these models anew")
     parser.add_argument("--row", metavar="MODEL", nargs="+", help="only these models")
     parser.add_argument("--column", metavar="NAME", nargs="+", help="only these formats")
+    parser.add_argument("--cell", metavar=("MODEL", "NAME"), nargs=2, help="print one cell, and write nothing")
     args = parser.parse_args()
+    if args.cell:
+        from visionkernels.export.command import be_quiet
+
+        warnings.simplefilter("ignore")
+        be_quiet()
+        print(json.dumps(measure(*args.cell)))
+        return 0
     if args.check:
         if TABLE.read_text() != table(json.loads(JSON.read_text())):
             print(
