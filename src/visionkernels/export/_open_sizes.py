@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +25,11 @@ class Tracing(TorchFunctionMode):
     """Inside it `torch.tensor`, `torch.as_tensor` and `torch.linspace` take symbols.
 
     Args:
-        lowered: what to call in place of an operator, if it is not to become a node.
+        lowered: what to call in place of an operator of this package, if it is not to become a node, or in place of a
+            function of PyTorch.
+
+    Attributes:
+        calls: the operators of this package that were called.
     """
 
     def __init__(self, lowered: Mapping[Any, Callable[..., Any]]) -> None:
@@ -37,8 +41,11 @@ class Tracing(TorchFunctionMode):
         """Call `func`, or the form of it that takes symbols."""
         kwargs = kwargs or {}
         if func in self._lowered:
-            self.calls.append(str(func))
-            return self._lowered[func](*args, **kwargs)
+            ours = isinstance(func, torch._ops.OpOverload)
+            if ours:
+                self.calls.append(str(func))
+            with self if ours else nullcontext():  # what an operator is made of may need another form, too
+                return self._lowered[func](*args, **kwargs)
         if func in (torch.tensor, torch.as_tensor) and args and _holds_symbol(args[0]):
             return _tensor_of(args[0], kwargs.get("dtype") or torch.int64, kwargs.get("device"))
         if func is torch.linspace and _holds_symbol([*args, *kwargs.values()]):

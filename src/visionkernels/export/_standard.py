@@ -1,6 +1,7 @@
-"""The operators written in PyTorch's own, as other runtimes know them: GridSample, a product and a sum a level.
+"""The operators written in PyTorch's own, as other runtimes know them.
 
-What is exported is what the kernels compute: coordinates and sums in float32 whatever the dtype of the value, and a
+Deformable attention is GridSample, a product and a sum a level; an operator of the ViT is what it is on the CPU. What
+is exported is what the kernels compute: coordinates and sums in float32 whatever the dtype of the value, and a
 location that is not finite adds 0.
 """
 
@@ -15,17 +16,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionkernels.errors import UserError
+from visionkernels.export import _older_opsets
+from visionkernels.ops import _inference
 from visionkernels.ops.deformable_attention import registration
 
 
-def lowered() -> dict[Any, Callable[..., Any]]:
-    """Every operator of this package that an exported program can hold, and its form in standard operators."""
+def lowered(opset: int | None = None) -> dict[Any, Callable[..., Any]]:
+    """Every operator of this package that an exported program can hold, and its form in standard operators.
+
+    Args:
+        opset: of ONNX, whose functions of a later one are written out; None for no ONNX.
+    """
     return {
         registration.FORWARD: ms_deform_attn,
         registration.FORWARD_NO_GRAD: ms_deform_attn,
         registration.FUSED_FORWARD: fused_ms_deform_attn,
         registration.FUSED_FORWARD_NO_GRAD: fused_ms_deform_attn,
+        **{operator: _without_backend(form) for operator, form in _inference.PYTORCH_FORMS.items()},
+        **({} if opset is None else _older_opsets.written_out(opset)),
     }
+
+
+def _without_backend(form: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *arguments: form(*arguments[:-1])
 
 
 def ms_deform_attn(

@@ -45,8 +45,21 @@ class Subject:
 
     def half(self) -> Subject:
         """The same in float16."""
-        inputs = {name: t.half() if t.is_floating_point() else t for name, t in self.inputs.items()}
-        return replace(self, module=self.module.half(), inputs=inputs)
+
+        def halved(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: t.half() if t.is_floating_point() else t for name, t in inputs.items()}
+
+        sample = None if self.sample is None else halved(self.sample)
+        return replace(self, module=self.module.half(), inputs=halved(self.inputs), sample=sample)
+
+    def to(self, device: torch.device) -> Subject:
+        """The same on a device."""
+
+        def moved(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+        sample = None if self.sample is None else moved(self.sample)
+        return replace(self, module=self.module.to(device), inputs=moved(self.inputs), sample=sample)
 
     def axes(self, labels: Sequence[str]) -> Axes:
         """The open axes of each input.
@@ -85,7 +98,7 @@ class Subject:
         for label, size in changes.items():
             for name, axis in self.sizes[label].items():
                 tensor = resized[name]
-                index = torch.arange(size) % tensor.shape[axis]
+                index = torch.arange(size, device=tensor.device) % tensor.shape[axis]
                 resized[name] = tensor.index_select(axis, index)
         return resized
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from visionkernels._checkpoint import one_line
 from visionkernels.export._subject import Subject
+from visionkernels.export._trace import outputs_of
+from visionkernels.models.output import ViTOutput
 
 TOLERANCE = 1e-5  # relative to the largest entry of an output, in float32
 ROUNDING = 2.0**-10  # of a float16
@@ -91,12 +93,14 @@ def relative(got: Tensor, truth: Tensor) -> float:
     return ((got - truth)[~filled].abs().max() / truth[~filled].abs().max().clamp(min=1e-30)).item()
 
 
-def _outputs(found: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _outputs(found: Tensor | Sequence[Tensor] | ViTOutput) -> tuple[Tensor, ...]:
+    if isinstance(found, ViTOutput):
+        return tuple(outputs_of(found).values())
     return (found,) if isinstance(found, Tensor) else tuple(found)
 
 
 def _is_half(module: nn.Module) -> bool:
-    return any(parameter.dtype == torch.float16 for parameter in module.parameters())
+    return any(tensor.dtype == torch.float16 for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _in_float32(module: nn.Module) -> nn.Module:
