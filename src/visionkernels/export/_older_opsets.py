@@ -18,6 +18,7 @@ def written_out(opset: int) -> dict[Any, Callable[..., Any]]:
         forms |= {F.layer_norm: layer_norm, torch.layer_norm: layer_norm}
     if opset < 18:
         forms |= {F.interpolate: interpolate, Tensor.mean: mean, torch.mean: mean}
+        forms |= {Tensor.chunk: chunk, torch.chunk: chunk}
     return forms
 
 
@@ -45,11 +46,17 @@ def mean(input: Tensor, dim: int | Sequence[int], keepdim: bool = False) -> Tens
     return input.sum(axes, keepdim) / math.prod(input.shape[axis] for axis in axes)
 
 
-def interpolate(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def chunk(input: Tensor, chunks: int, dim: int = 0) -> tuple[Tensor, ...]:
+    """`torch.chunk`; Split counts its outputs from opset 18 on."""
+    size = -(-input.shape[dim] // chunks)
+    return input.split_with_sizes([size] * (chunks - 1) + [input.shape[dim] - size * (chunks - 1)], dim)
+
+
+def interpolate(input: Tensor, **options: Any) -> Tensor:
     """`torch.nn.functional.interpolate`; Resize antialiases from opset 18 on."""
-    if not (kwargs.get("antialias") and kwargs.get("mode") == "bicubic" and len(args) == 1):
-        return F.interpolate(input, *args, **kwargs)
-    height, width = args[0]
+    if not (options["antialias"] and options["mode"] == "bicubic" and options["size"]):
+        return F.interpolate(input, **options)
+    height, width = options["size"]
     rows, columns = _antialias(input.shape[2], height, input), _antialias(input.shape[3], width, input)
     return rows @ input @ columns.transpose(0, 1)
 
