@@ -67,18 +67,20 @@ def ms_deform_attn(
             continue
         level = value[:, start : start + h * w].to(dtype)
         finite, point = _finite(point, h, w)
-        weight = weight.where(finite, weight.new_zeros(())).transpose(1, 2).flatten(0, 1)  # [N * M, Lq, P]
+        weight = weight.where(finite, weight.new_zeros(())).transpose(1, 2)  # [N, M, Lq, P]
         if method == "nearest":
             sampled = _nearest(level, h, w, point)
         else:
             image = level.permute(0, 2, 3, 1).reshape(batch * num_heads, head_dim, h, w)
             grid = 2 * point.clamp(-2, 3).transpose(1, 2).flatten(0, 1) - 1  # [N * M, Lq, P, 2]
             sampled = F.grid_sample(image, grid, "bilinear", padding_mode, align_corners)  # [N * M, D, Lq, P]
-        term = (sampled * weight[:, None]).sum(-1)
+        # [N, M, D, Lq]. Heads are split off the samples and not folded into the weights: where axes are folded whose
+        # strides hold an open number of queries, PyTorch 2.11 compares those strides, and fixes it.
+        term = (sampled.unflatten(0, (batch, num_heads)) * weight[:, :, None]).sum(-1)
         output = term if output is None else output + term
     if output is None:
         return value.new_zeros(batch, num_queries, num_heads * head_dim)
-    return output.reshape(batch, num_heads * head_dim, num_queries).transpose(1, 2).to(value.dtype)
+    return output.permute(0, 3, 1, 2).flatten(2).to(value.dtype)
 
 
 def fused_ms_deform_attn(
