@@ -19,6 +19,10 @@ _TASK_OUTPUTS = (
     "logits", "pred_boxes", "pred_masks", "class_queries_logits", "masks_queries_logits", "decoder_coord_logits",
     "decoder_class_logits", "order_logits", "out_masks",
 )  # fmt: skip
+_FROM_PYTHON = (
+    "a module that calls this package's operators is exported from Python: "
+    "visionkernels.export.onnx.export(model, inputs, path)"
+)
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,7 @@ def of_model(
     try:
         patch(model)
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"{error}; {_FROM_PYTHON}") from error
     with torch.no_grad():
         found = model(**inputs)
     names = tuple(key for key in _TASK_OUTPUTS if isinstance(found.get(key), Tensor))
@@ -173,6 +177,22 @@ def size_unit(model: Any) -> int:
     backbone = getattr(model.config, "backbone_config", None) or model.config
     patch_size, windows = getattr(backbone, "patch_size", 0), getattr(backbone, "num_windows", 0)
     return int(patch_size * windows) if windows else 32
+
+
+def check_known(model: str, kind: str | None) -> None:
+    """Raise a UserError unless transformers has models of this model_type.
+
+    Args:
+        model: the checkpoint.
+        kind: what its config.json says.
+    """
+    import transformers
+
+    if kind not in transformers.CONFIG_MAPPING:
+        raise UserError(
+            f"model: config.json of {model} names the model_type {kind!r}, which transformers "
+            f"{transformers.__version__} does not know: a later one may; {_FROM_PYTHON}"
+        )
 
 
 def of_checkpoint(model: str | Path | None, *, half: bool = False, open_image: bool = False) -> Subject:

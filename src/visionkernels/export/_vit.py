@@ -61,4 +61,4 @@ def _picture(vit: ViT, like: Tensor) -> dict[str, Tensor] | None:
     height, width = like.shape[2:]
     picture = torch.from_numpy(np.array(read_image(SAMPLE_IMAGE).resize((width, height)))).permute(2, 0, 1)
     mean, std = (torch.tensor(numbers or [0.5] * 3)[:, None, None] for numbers in (vit.pixel_mean, vit.pixel_std))
-    return {"pixel_values": ((picture / 255 - mean) / std)[None].to(like)}
+    return {"pixel_values": ((picture / 255 - mean) / std)[None].to(like).contiguous()}

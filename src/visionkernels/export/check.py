@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,11 @@ def compare(subject: Subject, run: Run, labels: Sequence[str] = ()) -> list[Comp
         run: from inputs to the artefact's outputs.
         labels: the sizes that stayed open.
     """
+    with _exact_convolutions():
+        return _compare(subject, run, labels)
+
+
+def _compare(subject: Subject, run: Run, labels: Sequence[str]) -> list[Comparison]:
     found = []
     wide = _in_float32(subject.module) if _is_half(subject.module) else None
     for name, inputs in subject.variants(labels).items():
@@ -72,6 +78,20 @@ def compare(subject: Subject, run: Run, labels: Sequence[str] = ()) -> list[Comp
             allowed = TOLERANCE if wide is None else 2 * relative(stock, true) + ROUNDING
             found.append(Comparison(name, output, relative(one, true), allowed))
     return found
+
+
+@contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """Have cuDNN convolve float32 exactly: by default it rounds to TF32, in the artefact and in PyTorch alike.
+
+    By the older of PyTorch's two names for it: after a change by the newer one, torch.export reads the older and fails.
+    """
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def relative(got: Tensor, truth: Tensor) -> float:

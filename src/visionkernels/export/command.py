@@ -73,12 +73,15 @@ def find_subject(options: Options) -> Subject:
     if options.model in _samples.SAMPLES:
         subject = _samples.SAMPLES[options.model]()
         subject = subject.half() if half else subject
-    elif options.model not in (None, "detector") and read_settings(options.model).get("model_type") in FAMILIES:
+    elif options.model in (None, "detector"):
+        require("transformers", "PIL", "scipy", job="export")
+        subject = _subject.of_checkpoint(None, half=half, open_image=open_image)
+    elif (kind := read_settings(options.model).get("model_type")) in FAMILIES:
         subject = _vit.of_checkpoint(options.model, half=half, open_image=open_image)
     else:
         require("transformers", "PIL", "scipy", job="export")
-        model = None if options.model == "detector" else options.model
-        subject = _subject.of_checkpoint(model, half=half, open_image=open_image)
+        _subject.check_known(options.model, kind)
+        subject = _subject.of_checkpoint(options.model, half=half, open_image=open_image)
     return subject if options.device == "cpu" else subject.to(find_device(options.device))
 
 

@@ -90,7 +90,9 @@ def export(
 def _plugin_in_words(calls: Sequence[str], plugin_version: str) -> str:
     if not any("ms_deform_attn" in call for call in calls):
         return "standard operators, no plugin is needed"
-    return tensorrt_plugin.PLUGIN_ID if plugin_version == _plugin.OWN else f"version {plugin_version} of {_plugin.OP_TYPE}"
+    return (
+        tensorrt_plugin.PLUGIN_ID if plugin_version == _plugin.OWN else f"version {plugin_version} of {_plugin.OP_TYPE}"
+    )
 
 
 def evaluate(path: str | Path) -> Any:
