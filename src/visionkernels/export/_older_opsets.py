@@ -42,7 +42,7 @@ def layer_norm(
 
 def mean(input: Tensor, dim: int | Sequence[int], keepdim: bool = False) -> Tensor:
     """`torch.mean`; the exporter's form of ReduceMean has no way back from opset 18."""
-    axes = (dim,) if isinstance(dim, int) else dim
+    axes = (dim,) if isinstance(dim, int) else tuple(dim)
     return input.sum(axes, keepdim) / math.prod(input.shape[axis] for axis in axes)
 
 
