@@ -103,7 +103,7 @@ def test_an_exported_program_has_one_node_an_operator(tmp_path, name):
         1 + (name == "beit"),
     )
     assert kinds.count("linear_add_layer_norm") == 4 - (name == "beit")  # BEiT's last norm is its pooler's
-    pixels = torch.randn(1, 3, 24, 56)
+    pixels = torch.randn(1, 3, 72, 88)
     got = traced.program.module()(inputs={"pixel_values": pixels})
     assert all(map(torch.equal, got, _trace.outputs_of(subject.module(pixels)).values()))
 
@@ -157,12 +157,20 @@ def test_a_package_gets_contiguous_inputs():
     assert _samples.vit().sample["pixel_values"].is_contiguous()
 
 
-def test_inputs_are_made_where_the_example_is():
+def test_inputs_are_made_where_the_example_is(monkeypatch):
+    arange, devices = torch.arange, []
+
+    def spy(*arguments, device=None, **options):
+        devices.append(torch.device(device or "cpu").type)
+        return arange(*arguments, device=device, **options)
+
     subject = _samples.vit()
+    monkeypatch.setattr(torch, "arange", spy)  # of the index that resizes; a GPU takes none from the CPU, meta does
     subject.inputs["pixel_values"] = subject.inputs["pixel_values"].to("meta", torch.float16)
     for inputs in list(subject.variants(OPEN).values())[:2]:
         assert inputs["pixel_values"].is_meta
         assert inputs["pixel_values"].dtype == torch.float16
+    assert devices == ["meta"] * 3
 
 
 def test_half_and_to_take_the_sample_along():
