@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 _EXPORT_HELP = """\
-Write a model for another runtime. MODEL is a Hugging Face checkpoint for images (a directory or hub id),
-"detector" (the one that ships), or one of this package's own: ms_deform_attn, fused_ms_deform_attn, MSDeformAttn.
+Write a model for another runtime. MODEL is a Hugging Face checkpoint for images (a directory or hub id): a detector
+with deformable attention, or a ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP or BEiT; "detector" (the one that ships); or
+one of this package's own, with random weights: ms_deform_attn, fused_ms_deform_attn, MSDeformAttn, ViT.
 
 formats:
-  onnx                standard operators (GridSample), for onnxruntime and any other runtime
-  tensorrt            ONNX with one MultiscaleDeformableAttnPlugin_TRT node for each attention
-  aoti                an AOTInductor package (.pt2) for this machine's CPU, for Python and C++
+  onnx                standard operators, for onnxruntime and any other runtime
+  tensorrt            ONNX with one MultiscaleDeformableAttnPlugin_TRT node for each deformable attention; a ViT has
+                      none, and is standard operators alone
+  aoti                an AOTInductor package (.pt2) for this machine's CPU, or its GPU by --device, for Python and C++
 
 Opset 18 is the default because TensorRT reads it right: opset 20 renamed GridSample's mode "bilinear" to "linear",
 which TensorRT takes for nearest, without a word. Other runtimes take 16 to 23.
@@ -25,6 +27,7 @@ examples:
   visionkernels export PekingU/rtdetr_r50vd --format onnx --dynamic batch,height,width --output rtdetr.onnx --check
   visionkernels export detector --format tensorrt --dtype fp16 --dynamic batch
   visionkernels export detector --format aoti --dynamic batch --output detector.pt2
+  visionkernels export facebook/dinov2-small --format aoti --device cuda --dtype fp16 --output dinov2.pt2 --check
 """
 
 
@@ -38,7 +41,7 @@ def add_job(subparsers: "argparse._SubParsersAction[Any]") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    job.add_argument("model", metavar="MODEL", help="a checkpoint, detector, or an operator of this package")
+    job.add_argument("model", metavar="MODEL", help="a checkpoint, detector, or one of this package's own")
     job.add_argument("--format", metavar="F", required=True, help="onnx, tensorrt or aoti")
     job.add_argument(
         "--opset", metavar="N", type=int, default=18, help="of ONNX, 16 to 23 (default %(default)s, see above)"
@@ -51,6 +54,9 @@ def add_job(subparsers: "argparse._SubParsersAction[Any]") -> None:
     )
     job.add_argument("--output", metavar="FILE", type=Path, help="the file to write (default: MODEL.onnx or MODEL.pt2)")
     job.add_argument("--dtype", metavar="T", default="fp32", help="fp32 or fp16 (default %(default)s)")
+    job.add_argument(
+        "--device", metavar="D", default="cpu", help="what aoti makes code for: cpu, cuda or cuda:<index> (default cpu)"
+    )
     job.add_argument(
         "--plugin-version",
         metavar="V",
@@ -73,4 +79,4 @@ def _run(args: argparse.Namespace) -> int:
 
     dynamic = tuple(name.strip() for name in args.dynamic.split(",") if name.strip())
     names = (args.model, args.format, args.opset, dynamic, args.output, args.dtype, args.plugin_version)
-    return command.run(command.Options(*names, args.keep_operators, args.check))
+    return command.run(command.Options(*names, args.keep_operators, args.check, args.device))

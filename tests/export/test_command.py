@@ -1,5 +1,7 @@
 """`visionkernels export`: its report, its check, and one line with exit code 2 for every mistake."""
 
+import json
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("transformers")
 
+from models import tiny_vits
 from tiny_detectors import save_yolos
 
 from visionkernels.cli import main
@@ -50,7 +53,7 @@ def test_it_writes_checks_and_reports(capsys, tmp_path):
 def test_a_wrong_artefact_is_exit_code_1(capsys, tmp_path, monkeypatch):
     right = _standard.ms_deform_attn
     wrong = {key: lambda *a: right(*a) * 1.001 for key in _standard.lowered()}
-    monkeypatch.setattr(_standard, "lowered", lambda: wrong)
+    monkeypatch.setattr(_standard, "lowered", lambda opset: wrong)
     path = str(tmp_path / "op.onnx")
     assert main(["export", "ms_deform_attn", "--format", "onnx", "--output", path, "--check"]) == 1
     assert "WRONG" in capsys.readouterr().out
@@ -91,6 +94,12 @@ def test_float16(capsys, tmp_path):
         (["ms_deform_attn", "--format", "onnx", "--dtype", "int8"], "--dtype: expected one of fp32, fp16"),
         (["ms_deform_attn", "--format", "onnx", "--keep-operators"], "only --format aoti can keep the operators"),
         (["ms_deform_attn", "--format", "onnx", "--output", "nowhere/op.onnx"], "there is no directory nowhere"),
+        (["ViT", "--format", "onnx", "--dynamic", "depth"], "ViT has no size 'depth'; choose of batch, height, width"),
+        (["ViT", "--format", "onnx", "--device", "cuda"], "--device: an ONNX file is for every device; only --format"),
+        (
+            ["ViT", "--format", "aoti", "--device", "tpu"],
+            "--device: expected cpu, cuda or cuda:<index>, but it is 'tpu'",
+        ),
         (["ms_deform_attn", "--format", "aoti", "--output", "op.so"], "must end in .pt2, and it is op.so"),
         (["./nowhere", "--format", "onnx"], "there is no directory ./nowhere"),
     ],
@@ -103,6 +112,39 @@ def test_a_model_without_the_operators(capsys, tmp_path):
     torch.manual_seed(0)
     folder = str(save_yolos(tmp_path / "yolos"))
     assert "nothing to patch in YolosForObjectDetection" in fails_with(capsys, folder, "--format", "onnx")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
+def test_a_gpu_that_is_not_there(capsys):
+    assert "device: cuda is not there: torch sees no GPU" in fails_with(
+        capsys, "ViT", "--format", "aoti", "--device", "cuda"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"), [({"model_type": "convnexty"}, "'convnexty'"), ({"architectures": ["X"]}, "None")]
+)
+def test_an_unknown_model_type(capsys, tmp_path, settings, name):
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    error = fails_with(capsys, str(tmp_path), "--format", "onnx")
+    assert f"names the model_type {name}, which transformers " in error
+    assert "is exported from Python: visionkernels.export.onnx.export(model, inputs, path)" in error
+
+
+@pytest.mark.parametrize("kind", ["onnx", "tensorrt"])
+def test_a_checkpoint_of_a_vit(capsys, tmp_path, kind):
+    tiny_vits.save(tiny_vits.CASES["clip-full"], tmp_path / "clip", num_hidden_layers=1)
+    path = tmp_path / "clip.onnx"
+    argv = ["export", str(tmp_path / "clip"), "--format", kind, "--dynamic", "batch", "--output", str(path), "--check"]
+    capsys.readouterr()
+    assert main(argv if kind == "onnx" else [*argv, "--dtype", "fp16"]) == 0
+    out, _ = capsys.readouterr()
+    assert "clip in" in out
+    assert ("no plugin is needed" in out) is (kind == "tensorrt")
+    assert "input  pixel_values [batch, 3, 32, 32]" in out
+    assert all(f"output {name}" in out for name in ("last_hidden_state", "pooler_output", "image_embeds"))
+    assert out.count("sample picture") == 3
+    assert "WRONG" not in out
 
 
 def test_a_model_that_takes_text(capsys, tmp_path):

@@ -22,7 +22,7 @@ from visionkernels.export import aoti, onnx
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", (ROOT / "docs" / "deploy.md").read_text(), re.DOTALL | re.MULTILINE)
-ONNX, ONNX_RUN, TENSORRT, TENSORRT_RUN, AOTI, AOTI_RUN, CPP = (text for _, text in BLOCKS)
+ONNX, ONNX_RUN, TENSORRT, TENSORRT_RUN, AOTI, AOTI_RUN, CPP, VIT, VIT_RUN = (text for _, text in BLOCKS)
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
@@ -101,6 +101,11 @@ def test_the_recipe_for_cpp_gives_what_pytorch_gives(folder, package):
     for index, name in enumerate(("logits", "pred_boxes")):
         got = torch.from_numpy(np.fromfile(folder / f"image.f32.out{index}", np.float32)).view(expected[name].shape)
         assert (got - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max()
+
+
+def test_the_recipe_for_a_vit_runs(folder):
+    assert "sample picture" in shell(folder, VIT)
+    assert shell(folder, f"python - <<'END'\n{VIT_RUN}END\n") == "(5, 43, 64) (5, 64)\n"
 
 
 def iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -98,3 +98,13 @@ def test_what_onnx_does_not_have_is_written_out(tensor, dim):
     expected = [torch.cummax(tensor, dim), torch.cummin(tensor, dim), (torch.isin(tensor, tests),)]
     for ours, theirs in zip(got, expected, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("shape", "index", "dim"), [((2, 5, 4), (2, 3, 1), 1), ((3, 4), (1, 6), -1), ((1, 4), (5, 4), 0)]
+)
+def test_take_along_dim_broadcasts(shape, index, dim):
+    tensor, index = torch.randn(shape), torch.randint(0, shape[dim], index)
+    with Tracing({}):
+        got = torch.take_along_dim(tensor, index, dim=dim)
+    assert torch.equal(got, torch.take_along_dim(tensor, index, dim=dim))

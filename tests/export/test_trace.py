@@ -12,7 +12,7 @@ from integrations import tiny_detectors
 from visionkernels.export import _subject, _trace
 
 OPEN = ("batch", "height", "width")
-LAYERS = {"rt_detr": 2, "deformable_detr": 4, "rf_detr": 2}
+LAYERS = {"rt_detr": 2, "deformable_detr": 4, "rf_detr": 2, "pp_doclayout_v2": 2}
 
 
 def subject_of(name):

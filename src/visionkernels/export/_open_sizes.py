@@ -1,16 +1,17 @@
 """Keep sizes open where a model's own code would fix them to the numbers of the example.
 
-Four things in the models of transformers do so without need: `len(tensor)` and `torch_int(size)`, which make Python
-numbers, and `torch.as_tensor` and `torch.linspace`, which take numbers alone. For the time of a trace each has a form
-that takes a symbol. `torch.isin`, `cummax` and `cummin`, which no ONNX operator is, are written out; and
-`torch_compilable_check` of a tensor, an assertion that none is either, is left out: our operators check sizes.
+Five things in the models of transformers do so without need: `len(tensor)` and `torch_int(size)`, which make Python
+numbers, `torch.as_tensor` and `torch.linspace`, which take numbers alone, and `torch.take_along_dim`, which makes them.
+For the time of a trace each has a form that takes a symbol. `torch.isin`, `cummax` and `cummin`, which no ONNX operator
+is, are written out; and `torch_compilable_check` of a tensor, an assertion that none is either, is left out: our
+operators check sizes.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,10 +23,14 @@ _SYMBOLS = (torch.SymInt, torch.SymFloat)
 
 
 class Tracing(TorchFunctionMode):
-    """Inside it `torch.tensor`, `torch.as_tensor` and `torch.linspace` take symbols.
+    """Inside it `torch.tensor`, `torch.as_tensor`, `torch.linspace` and `torch.take_along_dim` take symbols.
 
     Args:
-        lowered: what to call in place of an operator, if it is not to become a node.
+        lowered: what to call in place of an operator of this package, if it is not to become a node, or in place of a
+            function of PyTorch.
+
+    Attributes:
+        calls: the operators of this package that were called.
     """
 
     def __init__(self, lowered: Mapping[Any, Callable[..., Any]]) -> None:
@@ -37,12 +42,17 @@ class Tracing(TorchFunctionMode):
         """Call `func`, or the form of it that takes symbols."""
         kwargs = kwargs or {}
         if func in self._lowered:
-            self.calls.append(str(func))
-            return self._lowered[func](*args, **kwargs)
+            ours = isinstance(func, torch._ops.OpOverload)
+            if ours:
+                self.calls.append(str(func))
+            with self if ours else nullcontext():  # what an operator is made of may need another form, too
+                return self._lowered[func](*args, **kwargs)
         if func in (torch.tensor, torch.as_tensor) and args and _holds_symbol(args[0]):
             return _tensor_of(args[0], kwargs.get("dtype") or torch.int64, kwargs.get("device"))
         if func is torch.linspace and _holds_symbol([*args, *kwargs.values()]):
             return _linspace(*args, **kwargs)
+        if func is torch.take_along_dim:
+            return _take_along_dim(*args, **kwargs)
         if func is F.scaled_dot_product_attention and self._lowered:
             # Its strides depend on the kernel; torch.onnx's form of it has others than those a view was made for.
             return func(*args, **kwargs).contiguous()
@@ -109,6 +119,12 @@ def _linspace(start: Any, end: Any, steps: Any, *, dtype: Any = None, device: An
     count = torch.full((), steps, dtype=dtype, device=device)
     length = torch.full((), end, dtype=dtype, device=device) - start
     return torch.arange(steps, device=device).to(dtype) * (length / (count - 1).clamp(min=1)) + start
+
+
+def _take_along_dim(input: Tensor, indices: Tensor, dim: int) -> Tensor:
+    tensor, index = input.movedim(dim, -1), indices.movedim(dim, -1)
+    shape = torch.broadcast_shapes(tensor.shape[:-1], index.shape[:-1])
+    return tensor.expand(*shape, -1).gather(-1, index.expand(*shape, -1)).movedim(-1, dim)
 
 
 def _isin(elements: Any, test_elements: Any, *, invert: bool = False, **_: Any) -> Tensor:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 import visionkernels as vk
 from visionkernels.export._subject import Subject
+from visionkernels.export._vit import of_vit
+from visionkernels.models import ViTConfig
 
 _LEVELS = ((12, 20), (6, 10), (3, 5))  # (h, w)
 _BATCH, _QUERIES, _HEADS, _HEAD_DIM, _POINTS = 2, 7, 4, 8, 3
@@ -115,8 +117,21 @@ def msdeformattn() -> Subject:
     return _subject("MSDeformAttn", module, {"query": query, "references": torch.randn(_BATCH, _QUERIES, 1, 4)})
 
 
+def vit() -> Subject:
+    """A small ViT with every weight drawn: a norm's bias and a scale of 0 and 1 would hide what is left out."""
+    config = ViTConfig(
+        "vit", hidden_size=64, num_heads=4, num_layers=2, intermediate_size=128, image_size=(64, 64), pooling="dense"
+    )
+    model = vk.ViT(config)
+    for name, weight in model.named_buffers():
+        if weight.dim() == 1:
+            weight.copy_(0.2 * torch.randn(weight.shape) + ("norm" in name and name.endswith("weight")))
+    return of_vit("ViT", model, open_image=True)
+
+
 SAMPLES: dict[str, Callable[[], Subject]] = {
     "ms_deform_attn": ms_deform_attn,
     "fused_ms_deform_attn": fused_ms_deform_attn,
     "MSDeformAttn": msdeformattn,
+    "ViT": vit,
 }

@@ -1,6 +1,7 @@
-"""The operators written in PyTorch's own, as other runtimes know them: GridSample, a product and a sum a level.
+"""The operators written in PyTorch's own, as other runtimes know them.
 
-What is exported is what the kernels compute: coordinates and sums in float32 whatever the dtype of the value, and a
+Deformable attention is GridSample, a product and a sum a level; an operator of the ViT is what it is on the CPU. What
+is exported is what the kernels compute: coordinates and sums in float32 whatever the dtype of the value, and a
 location that is not finite adds 0.
 """
 
@@ -15,17 +16,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionkernels.errors import UserError
+from visionkernels.export import _older_opsets
+from visionkernels.ops import _inference
 from visionkernels.ops.deformable_attention import registration
 
 
-def lowered() -> dict[Any, Callable[..., Any]]:
-    """Every operator of this package that an exported program can hold, and its form in standard operators."""
+def lowered(opset: int | None = None) -> dict[Any, Callable[..., Any]]:
+    """Every operator of this package that an exported program can hold, and its form in standard operators.
+
+    Args:
+        opset: of ONNX, whose functions of a later one are written out; None for no ONNX.
+    """
     return {
         registration.FORWARD: ms_deform_attn,
         registration.FORWARD_NO_GRAD: ms_deform_attn,
         registration.FUSED_FORWARD: fused_ms_deform_attn,
         registration.FUSED_FORWARD_NO_GRAD: fused_ms_deform_attn,
+        **{operator: _without_backend(form) for operator, form in _inference.PYTORCH_FORMS.items()},
+        **({} if opset is None else _older_opsets.written_out(opset)),
     }
+
+
+def _without_backend(form: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *arguments: form(*arguments[:-1])
 
 
 def ms_deform_attn(
@@ -54,18 +67,20 @@ def ms_deform_attn(
             continue
         level = value[:, start : start + h * w].to(dtype)
         finite, point = _finite(point, h, w)
-        weight = weight.where(finite, weight.new_zeros(())).transpose(1, 2).flatten(0, 1)  # [N * M, Lq, P]
+        weight = weight.where(finite, weight.new_zeros(())).transpose(1, 2)  # [N, M, Lq, P]
         if method == "nearest":
             sampled = _nearest(level, h, w, point)
         else:
             image = level.permute(0, 2, 3, 1).reshape(batch * num_heads, head_dim, h, w)
             grid = 2 * point.clamp(-2, 3).transpose(1, 2).flatten(0, 1) - 1  # [N * M, Lq, P, 2]
             sampled = F.grid_sample(image, grid, "bilinear", padding_mode, align_corners)  # [N * M, D, Lq, P]
-        term = (sampled * weight[:, None]).sum(-1)
+        # [N, M, D, Lq]. Heads are split off the samples and not folded into the weights: where axes are folded whose
+        # strides hold an open number of queries, PyTorch 2.11 compares those strides, and fixes it.
+        term = (sampled.unflatten(0, (batch, num_heads)) * weight[:, :, None]).sum(-1)
         output = term if output is None else output + term
     if output is None:
         return value.new_zeros(batch, num_queries, num_heads * head_dim)
-    return output.reshape(batch, num_heads * head_dim, num_queries).transpose(1, 2).to(value.dtype)
+    return output.permute(0, 3, 1, 2).flatten(2).to(value.dtype)
 
 
 def fused_ms_deform_attn(

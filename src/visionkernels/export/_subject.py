@@ -19,6 +19,10 @@ _TASK_OUTPUTS = (
     "logits", "pred_boxes", "pred_masks", "class_queries_logits", "masks_queries_logits", "decoder_coord_logits",
     "decoder_class_logits", "order_logits", "out_masks",
 )  # fmt: skip
+_FROM_PYTHON = (
+    "a module that calls this package's operators is exported from Python: "
+    "visionkernels.export.onnx.export(model, inputs, path)"
+)
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,21 @@ class Subject:
 
     def half(self) -> Subject:
         """The same in float16."""
-        inputs = {name: t.half() if t.is_floating_point() else t for name, t in self.inputs.items()}
-        return replace(self, module=self.module.half(), inputs=inputs)
+
+        def halved(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: t.half() if t.is_floating_point() else t for name, t in inputs.items()}
+
+        sample = None if self.sample is None else halved(self.sample)
+        return replace(self, module=self.module.half(), inputs=halved(self.inputs), sample=sample)
+
+    def to(self, device: torch.device) -> Subject:
+        """The same on a device."""
+
+        def moved(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+        sample = None if self.sample is None else moved(self.sample)
+        return replace(self, module=self.module.to(device), inputs=moved(self.inputs), sample=sample)
 
     def axes(self, labels: Sequence[str]) -> Axes:
         """The open axes of each input.
@@ -85,7 +102,7 @@ class Subject:
         for label, size in changes.items():
             for name, axis in self.sizes[label].items():
                 tensor = resized[name]
-                index = torch.arange(size) % tensor.shape[axis]
+                index = torch.arange(size, device=tensor.device) % tensor.shape[axis]
                 resized[name] = tensor.index_select(axis, index)
         return resized
 
@@ -142,7 +159,7 @@ def of_model(
     try:
         patch(model)
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"{error}; {_FROM_PYTHON}") from error
     with torch.no_grad():
         found = model(**inputs)
     names = tuple(key for key in _TASK_OUTPUTS if isinstance(found.get(key), Tensor))
@@ -160,6 +177,22 @@ def size_unit(model: Any) -> int:
     backbone = getattr(model.config, "backbone_config", None) or model.config
     patch_size, windows = getattr(backbone, "patch_size", 0), getattr(backbone, "num_windows", 0)
     return int(patch_size * windows) if windows else 32
+
+
+def check_known(model: str, kind: str | None) -> None:
+    """Raise a UserError unless transformers has models of this model_type.
+
+    Args:
+        model: the checkpoint.
+        kind: what its config.json says.
+    """
+    import transformers
+
+    if kind not in transformers.CONFIG_MAPPING:
+        raise UserError(
+            f"model: config.json of {model} names the model_type {kind!r}, which transformers "
+            f"{transformers.__version__} does not know: a later one may; {_FROM_PYTHON}"
+        )
 
 
 def of_checkpoint(model: str | Path | None, *, half: bool = False, open_image: bool = False) -> Subject:

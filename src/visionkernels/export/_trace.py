@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -12,16 +13,18 @@ from torch.export import Dim, ExportedProgram
 from visionkernels._checkpoint import one_line
 from visionkernels.errors import UserError
 from visionkernels.export._open_sizes import Tracing, open_names
+from visionkernels.models.output import ViTOutput
 
 Axes = Mapping[str, Mapping[int, str]]  # input name: {axis: the name of its size}
 Lowered = Mapping[Any, Callable[..., Any]]  # operator: a function of the same arguments
 
 
 class Trace(NamedTuple):
-    """A program, and the calls of this package's operators that it was made of."""
+    """A program, the calls of this package's operators that it was made of, and the names of a ViT's outputs."""
 
     program: ExportedProgram
     calls: tuple[str, ...]
+    outputs: tuple[str, ...] | None = None
 
 
 def trace(
@@ -63,7 +66,7 @@ def trace(
         except Exception as error:
             raise UserError(f"model: torch.export cannot trace {type(module).__name__}: {one_line(error)}") from error
     _check_open(program, dynamic)
-    return Trace(program, tuple(traced.tracing.calls) or tuple(operators(program)))
+    return Trace(program, tuple(traced.tracing.calls) or tuple(operators(program)), traced.outputs)
 
 
 def symbols(program: ExportedProgram, dynamic: Axes | None) -> dict[str, str]:
@@ -100,8 +103,15 @@ def shapes(inputs: Mapping[str, Tensor], dynamic: Axes | None) -> dict[str, tupl
     return {name: tuple(dynamic.get(name, {}).get(i, n) for i, n in enumerate(t.shape)) for name, t in inputs.items()}
 
 
+def outputs_of(found: ViTOutput) -> dict[str, Tensor]:
+    """What a ViT's checkpoint gives, by name."""
+    return {one.name: getattr(found, one.name) for one in fields(found) if getattr(found, one.name) is not None}
+
+
 class _Traced(nn.Module):
-    """The module under the mode that keeps sizes open; its inputs come as one mapping, its outputs as a tuple."""
+    """The module under the mode that keeps sizes open; its inputs come as one mapping, a ViT's outputs as a tuple."""
+
+    outputs: tuple[str, ...] | None = None
 
     def __init__(self, module: nn.Module, lowered: Lowered) -> None:
         super().__init__()
@@ -111,7 +121,12 @@ class _Traced(nn.Module):
     def forward(self, inputs: dict[str, Tensor]) -> Any:
         self.tracing.calls.clear()
         with self.tracing:
-            return self.module(**inputs)
+            found = self.module(**inputs)
+        if isinstance(found, ViTOutput):
+            named = outputs_of(found)
+            self.outputs = tuple(named)
+            return tuple(named.values())
+        return found
 
 
 def _check_axes(inputs: Mapping[str, Tensor], dynamic: Axes) -> None:

@@ -32,14 +32,16 @@ def export(
 ) -> Exported:
     """Compile a module into a package, for the device that its inputs are on.
 
-    On a CPU this needs a C++ compiler.
+    On a CPU this needs a C++ compiler. A package takes contiguous tensors, and does not notice others: whoever runs it
+    without `load` sees to that.
 
     Args:
         model: a module in evaluation mode, whose `forward` takes the inputs by name.
         inputs: an example of each input; a size that is to stay open is at least 2 in it, and no two of them alike.
         path: the file; it must end in `.pt2`.
         dynamic: the sizes that stay open: input name, axis, and a name for the size.
-        outputs: a name for each output, for the report: a package returns them in their order.
+        outputs: a name for each output, for the report: a package returns them in their order; of a `ViT`, by default
+            those of `ViTOutput` that its checkpoint gives.
         keep_operators: leave this package's operators in the package instead of lowering them: faster, and whoever
             loads it must `import visionkernels` first. A C++ program cannot.
 
@@ -55,6 +57,7 @@ def export(
     if Path(path).suffix != ".pt2":
         raise UserError(f"output: an AOTInductor package must end in .pt2, and it is {path}")
     start = time.perf_counter()
+    inputs = contiguous(inputs)
     traced = _trace.trace(model, inputs, dynamic, None if keep_operators else _standard.lowered())
     try:
         torch._inductor.aoti_compile_and_package(traced.program, package_path=str(Path(path).absolute()))
@@ -63,9 +66,14 @@ def export(
     device = next(iter(inputs.values())).device.type
     detail = "import visionkernels before loading it" if keep_operators else "needs nothing but PyTorch"
     return Exported(
-        Path(path), "aoti", len(traced.calls), _trace.shapes(inputs, dynamic), tuple(outputs or ()),
+        Path(path), "aoti", len(traced.calls), _trace.shapes(inputs, dynamic), tuple(outputs or traced.outputs or ()),
         time.perf_counter() - start, f"{device} code, {detail}{_trace.limits(traced.program, dynamic)}",
     )  # fmt: skip
+
+
+def contiguous(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs as a package wants them: it reads memory in the example's order, without a look at the strides."""
+    return {name: tensor.contiguous() for name, tensor in inputs.items()}
 
 
 def load(path: str | Path) -> Any:
@@ -83,7 +91,7 @@ def load(path: str | Path) -> Any:
         raise UserError(f"package: {path} cannot be loaded: {one_line(error)}") from error
 
     def call(inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        found = package(inputs=dict(inputs))
+        found = package(inputs=contiguous(inputs))
         return [found] if isinstance(found, Tensor) else list(found)
 
     return call

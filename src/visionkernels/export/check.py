@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from visionkernels._checkpoint import one_line
 from visionkernels.export._subject import Subject
+from visionkernels.export._trace import outputs_of
+from visionkernels.models.output import ViTOutput
 
 TOLERANCE = 1e-5  # relative to the largest entry of an output, in float32
 ROUNDING = 2.0**-10  # of a float16
@@ -53,6 +56,11 @@ def compare(subject: Subject, run: Run, labels: Sequence[str] = ()) -> list[Comp
         run: from inputs to the artefact's outputs.
         labels: the sizes that stayed open.
     """
+    with _exact_convolutions():
+        return _compare(subject, run, labels)
+
+
+def _compare(subject: Subject, run: Run, labels: Sequence[str]) -> list[Comparison]:
     found = []
     wide = _in_float32(subject.module) if _is_half(subject.module) else None
     for name, inputs in subject.variants(labels).items():
@@ -70,6 +78,20 @@ def compare(subject: Subject, run: Run, labels: Sequence[str] = ()) -> list[Comp
             allowed = TOLERANCE if wide is None else 2 * relative(stock, true) + ROUNDING
             found.append(Comparison(name, output, relative(one, true), allowed))
     return found
+
+
+@contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """Have cuDNN convolve float32 exactly: by default it rounds to TF32, in the artefact and in PyTorch alike.
+
+    By the older of PyTorch's two names for it: after a change by the newer one, torch.export reads the older and fails.
+    """
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def relative(got: Tensor, truth: Tensor) -> float:
@@ -91,12 +113,14 @@ def relative(got: Tensor, truth: Tensor) -> float:
     return ((got - truth)[~filled].abs().max() / truth[~filled].abs().max().clamp(min=1e-30)).item()
 
 
-def _outputs(found: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _outputs(found: Tensor | Sequence[Tensor] | ViTOutput) -> tuple[Tensor, ...]:
+    if isinstance(found, ViTOutput):
+        return tuple(outputs_of(found).values())
     return (found,) if isinstance(found, Tensor) else tuple(found)
 
 
 def _is_half(module: nn.Module) -> bool:
-    return any(parameter.dtype == torch.float16 for parameter in module.parameters())
+    return any(tensor.dtype == torch.float16 for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _in_float32(module: nn.Module) -> nn.Module:

@@ -18,6 +18,7 @@ from visionkernels.export.onnx import DEFAULT_OPSET, Exported
 
 FORMATS = {"onnx": ".onnx", "tensorrt": ".onnx", "aoti": ".pt2"}
 DTYPES = ("fp32", "fp16")
+DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Options:
     plugin_version: str = "2"
     keep_operators: bool = False
     check: bool = False
+    device: str = "cpu"
 
 
 def run(options: Options) -> int:
@@ -61,16 +63,26 @@ def run(options: Options) -> int:
 
 
 def find_subject(options: Options) -> Subject:
-    """The model that the command names: a sample of this package's operators, or a checkpoint."""
-    from visionkernels.export import _samples, _subject
+    """The model that the command names: a sample of this package's own, or a checkpoint of a ViT or of a detector."""
+    from visionkernels.detection import find_device
+    from visionkernels.export import _samples, _subject, _vit
+    from visionkernels.models import FAMILIES
+    from visionkernels.models.files import read_settings
 
-    half = options.dtype == "fp16"
+    half, open_image = options.dtype == "fp16", {"height", "width"} <= set(options.dynamic)
     if options.model in _samples.SAMPLES:
         subject = _samples.SAMPLES[options.model]()
-        return subject.half() if half else subject
-    require("transformers", "PIL", "scipy")
-    model = None if options.model == "detector" else options.model
-    return _subject.of_checkpoint(model, half=half, open_image={"height", "width"} <= set(options.dynamic))
+        subject = subject.half() if half else subject
+    elif options.model in (None, "detector"):
+        require("transformers", "PIL", "scipy", job="export")
+        subject = _subject.of_checkpoint(None, half=half, open_image=open_image)
+    elif (kind := read_settings(options.model).get("model_type")) in FAMILIES:
+        subject = _vit.of_checkpoint(options.model, half=half, open_image=open_image)
+    else:
+        require("transformers", "PIL", "scipy", job="export")
+        _subject.check_known(options.model, kind)
+        subject = _subject.of_checkpoint(options.model, half=half, open_image=open_image)
+    return subject if options.device == "cpu" else subject.to(find_device(options.device))
 
 
 def write(subject: Subject, options: Options) -> Exported:
@@ -101,6 +113,10 @@ def _check_options(options: Options) -> None:
         raise UserError(f"--format: expected one of {', '.join(FORMATS)}, but it is {options.format!r}")
     if options.dtype not in DTYPES:
         raise UserError(f"--dtype: expected one of {', '.join(DTYPES)}, but it is {options.dtype!r}")
+    if options.device.partition(":")[0] not in DEVICES:
+        raise UserError(f"--device: expected cpu, cuda or cuda:<index>, but it is {options.device!r}")
+    if options.device != "cpu" and options.format != "aoti":
+        raise UserError("--device: an ONNX file is for every device; only --format aoti makes code for one")
     if options.keep_operators and options.format != "aoti":
         raise UserError("--keep-operators: only --format aoti can keep the operators of this package")
     if options.output is not None and not options.output.absolute().parent.is_dir():

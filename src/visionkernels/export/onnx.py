@@ -1,4 +1,4 @@
-"""ONNX in standard operators: multi-scale deformable attention as GridSample, for any runtime."""
+"""ONNX in standard operators, for any runtime: multi-scale deformable attention as GridSample, a ViT as products."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def export(
         opset: 16 to 23. TensorRT needs 19 or less: from opset 20 on GridSample's bilinear mode is called "linear",
             which TensorRT reads as nearest, without a word.
         dynamic: the sizes that stay open: input name, axis, and a name for the size.
-        outputs: a name for each output.
+        outputs: a name for each output; of a `ViT`, by default those of `ViTOutput` that its checkpoint gives.
 
     Returns:
         What was written.
@@ -78,8 +78,8 @@ def export(
     """
     require_onnx(opset)
     start = time.perf_counter()
-    traced = _trace.trace(model, inputs, dynamic, _standard.lowered())
-    onnx_program = convert(traced.program, inputs, opset, outputs, dynamic)
+    traced = _trace.trace(model, inputs, dynamic, _standard.lowered(opset))
+    onnx_program = convert(traced.program, inputs, opset, outputs or traced.outputs, dynamic)
     save(onnx_program, Path(path))
     return Exported(
         Path(path), "onnx", len(traced.calls), _trace.shapes(inputs, dynamic), names_of(onnx_program),

@@ -1,5 +1,7 @@
 """TensorRT: an ONNX graph with its plugin for multi-scale deformable attention, and engines from such a graph.
 
+A model without such attention, such as a `ViT`, is standard operators alone, which need no plugin.
+
 `export` needs no TensorRT. `build`, `load` and `run` are written against TensorRT's documented Python API, 10.11 and
 later; the plugin is in the library that comes with TensorRT.
 """
@@ -17,8 +19,9 @@ from torch import Tensor, nn
 
 from visionkernels._checkpoint import one_line
 from visionkernels.errors import UserError
-from visionkernels.export import _plugin, _plugin_rules, _trace, tensorrt_plugin
+from visionkernels.export import _plugin, _plugin_rules, _standard, _trace, tensorrt_plugin
 from visionkernels.export.onnx import DEFAULT_OPSET, Exported, convert, names_of, require_onnx, save
+from visionkernels.export.onnx import load as load_in_onnxruntime
 
 MAX_OPSET = 19  # from 20 on GridSample's mode has a name that TensorRT takes for nearest
 Shape = Sequence[int]
@@ -34,7 +37,7 @@ def export(
     dynamic: _trace.Axes | None = None,
     outputs: Sequence[str] | None = None,
 ) -> Exported:
-    """Write a module as ONNX with one `MultiscaleDeformableAttnPlugin_TRT` node for each call of an operator.
+    """Write a module as ONNX with one `MultiscaleDeformableAttnPlugin_TRT` node for each deformable attention.
 
     The plugin computes in the dtype of the model: in float16 its coordinates are float16 too, an error of up to 0.03
     pixels on a level 128 wide. Where the numbers of points differ between levels, a level is listed several times.
@@ -47,7 +50,7 @@ def export(
         plugin_version: "2" for TensorRT 10.11 and later, "1" for those before; "visionkernels" for this package's own
             kernel, with float32 coordinates: whoever builds the engine calls `tensorrt_plugin.register()` first.
         dynamic: the sizes that stay open: input name, axis, and a name for the size.
-        outputs: a name for each output.
+        outputs: a name for each output; of a `ViT`, by default those of `ViTOutput` that its checkpoint gives.
 
     Returns:
         What was written.
@@ -69,25 +72,31 @@ def export(
         expected = (*_plugin.VERSIONS, _plugin.OWN)
         raise UserError(f"plugin_version: expected one of {expected}, but it is {plugin_version!r}")
     start = time.perf_counter()
-    traced = _trace.trace(model, inputs, dynamic, _plugin.lowered(plugin_version))
+    traced = _trace.trace(model, inputs, dynamic, _standard.lowered(opset) | _plugin.lowered(plugin_version))
     if not traced.calls:
-        raise UserError("model: it calls no operator that the plugin stands for; use the format onnx")
-    onnx_program = convert(traced.program, inputs, opset, outputs, dynamic)
+        raise UserError("model: it calls no operator of this package; use the format onnx")
+    onnx_program = convert(traced.program, inputs, opset, outputs or traced.outputs, dynamic)
     broken = _plugin_rules.violations(onnx_program.model_proto)
     if broken:
         raise UserError(f"model: the graph breaks a rule of the plugin: {broken[0]}")
     save(onnx_program, Path(path))
-    own = plugin_version == _plugin.OWN
-    name = tensorrt_plugin.PLUGIN_ID if own else f"version {plugin_version} of {_plugin.OP_TYPE}"
-    detail = f"opset {opset}, {name}"
+    detail = f"opset {opset}, {_plugin_in_words(traced.calls, plugin_version)}"
     return Exported(
         Path(path), "tensorrt", len(traced.calls), _trace.shapes(inputs, dynamic), names_of(onnx_program),
         time.perf_counter() - start, f"{detail}{_trace.limits(traced.program, dynamic)}",
     )  # fmt: skip
 
 
+def _plugin_in_words(calls: Sequence[str], plugin_version: str) -> str:
+    if not any("ms_deform_attn" in call for call in calls):
+        return "standard operators, no plugin is needed"
+    return (
+        tensorrt_plugin.PLUGIN_ID if plugin_version == _plugin.OWN else f"version {plugin_version} of {_plugin.OP_TYPE}"
+    )
+
+
 def evaluate(path: str | Path) -> Any:
-    """A function from inputs to outputs that runs the graph without TensorRT, for a comparison; it is slow.
+    """A function from inputs to outputs that runs the graph without TensorRT, for a comparison; with a plugin slowly.
 
     Args:
         path: a file that `export` wrote.
@@ -95,7 +104,10 @@ def evaluate(path: str | Path) -> Any:
     import onnx
     from onnx.reference import ReferenceEvaluator
 
-    evaluator = ReferenceEvaluator(onnx.load(str(path)), new_ops=_plugin_rules.reference_operators())
+    model = onnx.load(str(path))
+    if not any(node.domain for node in model.graph.node):
+        return load_in_onnxruntime(path)
+    evaluator = ReferenceEvaluator(model, new_ops=_plugin_rules.reference_operators())
 
     def call(inputs: Mapping[str, Tensor]) -> list[Tensor]:
         feeds = {name: inputs[name].detach().cpu().numpy() for name in evaluator.input_names}

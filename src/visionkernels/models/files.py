@@ -50,11 +50,23 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     """
     if importlib.util.find_spec("safetensors") is None:
         raise UserError("model: reading a checkpoint needs safetensors: pip install 'visionkernels[hf]'")
-    find = _finder(model)
-    config = find("config.json")
+    find, config = _finder(model), read_settings(model)
+    return Checkpoint(str(model), config, _preprocessor(find, model), _tensor_files(find, model))
+
+
+def read_settings(model: str | Path) -> Mapping[str, Any]:
+    """The parsed config.json of a checkpoint.
+
+    Args:
+        model: A directory, or an id on the hub.
+
+    Raises:
+        UserError: If it is neither, or has no config.json that can be read.
+    """
+    config = _finder(model)("config.json")
     if config is None:
         raise UserError(f"model: {model} is no checkpoint: there is no config.json in it")
-    return Checkpoint(str(model), _read_json(config, model), _preprocessor(find, model), _tensor_files(find, model))
+    return _read_json(config, model)
 
 
 def _preprocessor(find: Callable[[str], Path | None], model: str | Path) -> Mapping[str, Any] | None:

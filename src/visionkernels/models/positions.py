@@ -83,7 +83,7 @@ def build(
         return Positions(prefix, patches)
     tables = [resize_table(table, config.grid, grid) for table in tables]
     index = relative_index(grid, tokens.like.device)
-    if len(tables) * config.num_heads * index.numel() > max_bias_size:
+    if not _is_known(grid) or len(tables) * config.num_heads * index.numel() > max_bias_size:
         return Positions(prefix, patches, tables=tables, index=index)
     return Positions(prefix, patches, tables=tables, biases=[expand_bias(t, index) for t in tables], index=index)
 
@@ -103,7 +103,7 @@ def interpolate(
     Returns:
         `[new rows * new columns, C]` in the dtype of `position`.
     """
-    if old == new:
+    if _is_known(new) and old == new:
         return position
     image = position.view(1, *old, -1).permute(0, 3, 1, 2)
     wide = image.float() if float32 else image
@@ -143,7 +143,7 @@ def resize_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> T
         The same of the new grid.
     """
     rows, columns = (2 * size - 1 for size in old)
-    if old == new and rows == columns:
+    if _is_known(new) and old == new and rows == columns:
         return table
     # The upstream model views the offsets as (columns, rows), and so resizes a grid that is not square even to itself.
     offsets = table[:-3].reshape(1, columns, rows, -1).permute(0, 3, 1, 2)
@@ -164,12 +164,18 @@ def relative_index(grid: tuple[int, int], device: torch.device) -> Tensor:
     rows, columns = grid
     offsets = (2 * rows - 1) * (2 * columns - 1)
     axes = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
-    y, x = (axis.flatten() for axis in axes)
+    y, x = (torch.cat([axis.new_zeros(1), axis.flatten()]) for axis in axes)  # the class token's are not used
     y, x = y[:, None] - y + rows - 1, x[:, None] - x + columns - 1
-    index = F.pad(y * (2 * columns - 1) + x, (1, 0, 1, 0), value=offsets)
-    rim = torch.arange(index.shape[0], device=device)
-    index = torch.where((rim == 0) & (rim[:, None] > 0), offsets + 1, index)
-    return torch.where((rim == 0) & (rim[:, None] == 0), offsets + 2, index)
+    index = y * (2 * columns - 1) + x
+    is_class = torch.arange(index.shape[0], device=device) == 0
+    # A sum, in which an exported program keeps an open number; in pad and where it would fix it.
+    of_class = is_class.long() + (is_class & is_class[:, None]) + offsets
+    return torch.where(is_class | is_class[:, None], of_class, index)
+
+
+def _is_known(grid: tuple[int, int]) -> bool:
+    """Whether the numbers may be compared: of an exported program's open sizes that would fix them."""
+    return not any(isinstance(size, torch.SymInt) for size in grid)
 
 
 def expand_bias(table: Tensor, index: Tensor) -> Tensor:

@@ -19,6 +19,9 @@ from visionkernels.ops._common import check_dense, on_device, shown
 BACKENDS = ("auto", "triton", "pytorch")
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it once too, when it is imported
 
+# What computes each operator by PyTorch's kernels, from all of its arguments but `backend`.
+PYTORCH_FORMS: dict[Any, Callable[..., Any]] = {}
+
 _library = torch.library.Library("visionkernels", "FRAGMENT")
 
 
@@ -56,7 +59,9 @@ def register(schema: str, *, module: str, pytorch: Callable[..., Any], fake: Cal
     _library.impl(name, on_cuda, "CUDA")
     torch.library.register_fake(f"visionkernels::{name}", fake, lib=_library)
     torch.library.register_autograd(f"visionkernels::{name}", no_backward, lib=_library)
-    return getattr(torch.ops.visionkernels, name).default
+    overload = getattr(torch.ops.visionkernels, name).default
+    PYTORCH_FORMS[overload] = pytorch
+    return overload
 
 
 @cache

@@ -58,8 +58,11 @@ def activate(x: Tensor, activation: str | None) -> Tensor:
 
 
 def _has_epilogue(input: Tensor) -> bool:
-    """Whether cuBLASLt has bias and gelu by tanh, which is the gelu of ``_addmm_activation``, in its epilogue."""
-    return input.is_cuda and input.dtype != torch.float64 and input.numel() > 0
+    """Whether cuBLASLt has bias and gelu by tanh, which is the gelu of ``_addmm_activation``, in its epilogue.
+
+    An exported program gets the two steps, which other runtimes know.
+    """
+    return not torch.compiler.is_compiling() and input.is_cuda and input.dtype != torch.float64 and input.numel() > 0
 
 
 @contextmanager
