@@ -1,0 +1,178 @@
+"""Time AOTInductor packages on this machine's GPU, beside the same module run eagerly and by torch.compile.
+
+    python scripts/export_timing.py                        writes docs/export-timing.json; a few minutes
+    python scripts/export_timing.py --quick --output F     small modules, on the CPU too
+
+Every package is made in a process of its own, several at a time. `scripts/export_table.py` makes a table of the file.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+WAYS = {
+    "eager": "eager",
+    "compile": "`torch.compile`",
+    "package": "package",
+    "kept": "package, `--keep-operators`",
+}
+
+
+def subjects(quick: bool) -> dict[str, Any]:
+    """Functions that make what is timed, by name; each takes the device."""
+    import torch
+    from torch import Tensor, nn
+
+    import visionkernels as vk
+    from visionkernels.export import _samples, _subject
+    from visionkernels.export._vit import of_vit
+    from visionkernels.models import ViTConfig
+
+    levels = ((25, 34), (13, 17)) if quick else ((100, 134), (50, 67), (25, 34), (13, 17))
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = vk.MSDeformAttn(256, len(levels), 8, 4)
+
+        def forward(self, references: Tensor, **maps: Tensor) -> Tensor:
+            pixels, shapes = _samples.flatten(tuple(maps[f"level_{i}"] for i in range(len(levels))))
+            return self.attention(pixels, references, pixels, shapes)
+
+    def encoder() -> Any:
+        inputs = {f"level_{i}": torch.randn(4, 256, h, w) for i, (h, w) in enumerate(levels)}
+        inputs["references"] = torch.rand(4, sum(h * w for h, w in levels), len(levels), 2)
+        return _subject.Subject("encoder", Encoder().eval(), inputs, ("output",), {}).half()
+
+    def detector() -> Any:
+        return _subject.of_checkpoint(None)
+
+    def vit(batch: int) -> Any:
+        layers = {"num_layers": 2, "hidden_size": 192, "num_heads": 3, "intermediate_size": 768} if quick else {}
+        model = vk.ViT(ViTConfig("vit", **layers))
+        subject = of_vit("vit", model)
+        subject.inputs["pixel_values"] = torch.randn(batch, 3, 224, 224)
+        return subject.half()
+
+    return {
+        "attention of a Deformable DETR encoder, 800×1066, batch 4, fp16": encoder,
+        "the detector that ships, batch 1, fp32": detector,
+        "ViT-B/16, batch 1, fp16": lambda: vit(1),
+        "ViT-B/16, batch 8, fp16": lambda: vit(8),
+    }
+
+
+def make(name: str, quick: bool, device: str) -> Any:
+    """Module and inputs of a row, on the device."""
+    import torch
+
+    torch.manual_seed(0)
+    subject = subjects(quick)[name]().to(torch.device(device))
+    return subject.module, subject.inputs
+
+
+def build(task: tuple[str, str, bool, str, str]) -> tuple[str, str, str, float]:
+    """Make a package, or fill the cache of torch.compile; what went wrong, or nothing, and the seconds."""
+    name, way, quick, device, path = task
+    import torch
+
+    from visionkernels.errors import UserError
+    from visionkernels.export import aoti, command
+
+    command.be_quiet()
+    start = time.perf_counter()
+    try:
+        module, inputs = make(name, quick, device)
+        with torch.inference_mode():
+            if way == "compile":
+                torch.compile(module)(**inputs)
+            else:
+                aoti.export(module, inputs, path, keep_operators=way == "kept")
+    except (UserError, RuntimeError) as error:  # a reason, too
+        return name, way, " ".join(str(error).split())[:300], 0.0
+    return name, way, "", time.perf_counter() - start
+
+
+def measure(name: str, paths: dict[str, str], quick: bool, device: str) -> dict[str, Any]:
+    """Milliseconds of a call for each way, and how far a package is from eager PyTorch."""
+    import torch
+
+    from visionkernels.bench import timing
+    from visionkernels.export import aoti
+
+    effort = timing.QUICK if quick else timing.GPU if device == "cuda" else timing.CPU
+    module, inputs = make(name, quick, device)
+    calls = {"eager": lambda: module(**inputs)}
+    compiled = torch.compile(module)
+    calls["compile"] = lambda: compiled(**inputs)
+    for way, path in paths.items():
+        package = aoti.load(path)
+        calls[way] = lambda package=package: package(inputs)
+    found: dict[str, Any] = {}
+    with torch.inference_mode():
+        truth = _first(module(**inputs)).double()
+        for way, call in calls.items():
+            error = ((_first(call()).double() - truth).abs().max() / truth.abs().max()).item()
+            call()
+            found[way] = {
+                "milliseconds": timing.time_latency(call, torch.device(device), effort).median,
+                "error": float(f"{error:.2g}"),
+            }
+    return found
+
+
+def _first(output: Any) -> Any:
+    """The first tensor of what a module or a package returns."""
+    from torch.utils import _pytree
+
+    return _pytree.tree_leaves(output)[0]
+
+
+def main() -> int:
+    """Run the script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small modules")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "export-timing.json", help="the file to write")
+    options = parser.parse_args()
+    cache = tempfile.mkdtemp(prefix="inductor-")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
+    import torch
+
+    from visionkernels.bench.environment import environment
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        tasks = [
+            (name, way, options.quick, device, f"{folder}/{i}-{way}.pt2")
+            for i, name in enumerate(subjects(options.quick))
+            for way in ("compile", "package", "kept")
+        ]
+        reasons: dict[str, dict[str, str]] = {}
+        workers = min(len(tasks), os.cpu_count() or 1)
+        with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
+            for name, way, reason, seconds in pool.imap_unordered(build, tasks):
+                print(f"{name}: {way} {reason or f'made in {seconds:.0f} s'}", file=sys.stderr, flush=True)
+                if reason:
+                    reasons.setdefault(name, {})[way] = reason
+        rows = {}
+        for name in subjects(options.quick):
+            failed = reasons.get(name, {})
+            paths = {t[1]: t[4] for t in tasks if t[0] == name and t[1] != "compile" and t[1] not in failed}
+            rows[name] = measure(name, paths, options.quick, device)
+            rows[name] |= {way: {"reason": reason} for way, reason in failed.items()}
+            print(name, {way: cell.get("milliseconds") for way, cell in rows[name].items()}, flush=True)
+    facts = asdict(environment(torch.device(device), ("torch", "triton", "visionkernels")))
+    options.output.write_text(json.dumps({"environment": facts, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
