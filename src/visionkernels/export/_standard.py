@@ -74,8 +74,8 @@ def ms_deform_attn(
             image = level.permute(0, 2, 3, 1).reshape(batch * num_heads, head_dim, h, w)
             grid = 2 * point.clamp(-2, 3).transpose(1, 2).flatten(0, 1) - 1  # [N * M, Lq, P, 2]
             sampled = F.grid_sample(image, grid, "bilinear", padding_mode, align_corners)  # [N * M, D, Lq, P]
-        # [N, M, D, Lq]. Heads are split off the samples and not folded into the weights: where axes are folded whose
-        # strides hold an open number of queries, PyTorch 2.11 compares those strides, and fixes it.
+        # [N, M, D, Lq]. Heads are split off the samples and not folded into the weights: to fold axes PyTorch compares
+        # their strides, and those hold the number of queries, which may be open.
         term = (sampled.unflatten(0, (batch, num_heads)) * weight[:, :, None]).sum(-1)
         output = term if output is None else output + term
     if output is None:

@@ -1,9 +1,8 @@
 """TensorRT: an ONNX graph with its plugin for multi-scale deformable attention, and engines from such a graph.
 
-A model without such attention, such as a `ViT`, is standard operators alone, which need no plugin.
-
-`export` needs no TensorRT. `build`, `load` and `run` are written against TensorRT's documented Python API, 10.11 and
-later; the plugin is in the library that comes with TensorRT.
+A model without such attention, such as a `ViT`, is standard operators alone. `export` needs no TensorRT. `build`,
+`load` and `run` are written against TensorRT's documented Python API, 10.11 and later; the plugin is in the library
+that comes with TensorRT.
 """
 
 from __future__ import annotations
