@@ -142,8 +142,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small modules")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "export-timing.json", help="the file to write")
     options = parser.parse_args()
-    cache = tempfile.mkdtemp(prefix="inductor-")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="inductor-"))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # there are several processes
     import torch
 
     from visionkernels.bench.environment import environment

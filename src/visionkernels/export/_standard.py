@@ -71,16 +71,14 @@ def ms_deform_attn(
         if method == "nearest":
             sampled = _nearest(level, h, w, point)
         else:
-            image = level.permute(0, 2, 3, 1).reshape(batch * num_heads, head_dim, h, w)
-            grid = 2 * point.clamp(-2, 3).transpose(1, 2).flatten(0, 1) - 1  # [N * M, Lq, P, 2]
+            image = _fold_heads(level).transpose(1, 2).unflatten(2, (h, w))  # [N * M, D, h, w]
+            grid = 2 * _fold_heads(point.clamp(-2, 3)) - 1  # [N * M, Lq, P, 2]
             sampled = F.grid_sample(image, grid, "bilinear", padding_mode, align_corners)  # [N * M, D, Lq, P]
-        # [N, M, D, Lq]. Heads are split off the samples and not folded into the weights: to fold axes PyTorch compares
-        # their strides, and those hold the number of queries, which may be open.
-        term = (sampled.unflatten(0, (batch, num_heads)) * weight[:, :, None]).sum(-1)
+        term = (sampled.unflatten(0, (batch, num_heads)) * weight[:, :, None]).sum(-1)  # [N, M, D, Lq]
         output = term if output is None else output + term
     if output is None:
         return value.new_zeros(batch, num_queries, num_heads * head_dim)
-    return output.permute(0, 3, 1, 2).flatten(2).to(value.dtype)
+    return output.permute(0, 3, 1, 2).contiguous().flatten(2).to(value.dtype)
 
 
 def fused_ms_deform_attn(
@@ -163,13 +161,23 @@ def _finite(point: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
     return finite, point.where(finite[..., None], point.new_zeros(()))
 
 
+def _fold_heads(tensor: Tensor) -> Tensor:
+    """``[N, L, M, ...]`` as ``[N * M, L, ...]``.
+
+    The two axes are folded where they are innermost: PyTorch compares the strides of axes that it folds, and elsewhere
+    these hold the length, which may be open.
+    """
+    inner = tensor.movedim((0, 2), (-2, -1)).contiguous()
+    return inner.flatten(-2).movedim(-1, 0)
+
+
 def _nearest(level: Tensor, h: int, w: int, point: Tensor) -> Tensor:
     """The pixel of each location, ``[N * M, D, Lq, P]``: GridSample rounds half to even, the operator half up."""
     batch, _, num_heads, head_dim = level.shape
     num_queries, points = point.shape[1], point.shape[3]
-    x, y = point.transpose(1, 2).flatten(0, 1).unbind(-1)  # [N * M, Lq, P]
+    x, y = _fold_heads(point).unbind(-1)  # [N * M, Lq, P]
     column = (x * w + 0.5).clamp(min=0).minimum(torch.full((), w - 1, dtype=x.dtype, device=x.device)).long()
     row = (y * h + 0.5).clamp(min=0).minimum(torch.full((), h - 1, dtype=x.dtype, device=x.device)).long()
     index = (row * w + column).reshape(batch * num_heads, 1, num_queries * points)
-    image = level.permute(0, 2, 3, 1).reshape(batch * num_heads, head_dim, h * w)
+    image = _fold_heads(level).transpose(1, 2)  # [N * M, D, h * w]
     return image.gather(2, index.expand(-1, head_dim, -1)).unflatten(2, (num_queries, points))
