@@ -191,21 +191,32 @@ class Layer(nn.Module):
         Returns:
             `[B, N, C]`, and the same normed; without a norm that follows, the same again.
         """
-        qkv = self.qkv.linear(normed, options)
-        # Only a rotary embedding tells the prefix from the patches.
-        prefix = 0 if rotary is None else self.num_prefix_tokens
-        mixed = packed_attention(
-            qkv, self.num_heads, bias=bias, rotary=rotary, num_prefix_tokens=prefix, backend=options.backend
+        # What is large gets no name here, so that its memory is free once it was read.
+        x, normed = self.output.linear_add_norm(
+            self._attend(normed, options, bias, rotary), x, self.scale1, self.norm2, options
         )
-        x, normed = self.output.linear_add_norm(mixed, x, self.scale1, self.norm2, options)
-        if self.gated_mlp:
-            hidden = self.fc1.gated(normed, options)
-        else:
-            hidden = self.fc1.linear(normed, options, activation=options.activation)
         if following is None:
-            x = self.fc2.linear(hidden, options, residual=x, scale=self.scale2)
+            x = self.fc2.linear(self._hidden(normed, options), options, residual=x, scale=self.scale2)
             return x, x
-        return self.fc2.linear_add_norm(hidden, x, self.scale2, following, options)
+        return self.fc2.linear_add_norm(self._hidden(normed, options), x, self.scale2, following, options)
+
+    def _attend(
+        self, normed: Tensor, options: Options, bias: Tensor | None, rotary: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        return packed_attention(
+            self.qkv.linear(normed, options),
+            self.num_heads,
+            bias=bias,
+            rotary=rotary,
+            # Only a rotary embedding tells the prefix from the patches.
+            num_prefix_tokens=0 if rotary is None else self.num_prefix_tokens,
+            backend=options.backend,
+        )
+
+    def _hidden(self, normed: Tensor, options: Options) -> Tensor:
+        if self.gated_mlp:
+            return self.fc1.gated(normed, options)
+        return self.fc1.linear(normed, options, activation=options.activation)
 
 
 class Layers(nn.ModuleList):
