@@ -216,7 +216,8 @@ def _pixels(vit: ViT, processor: Any, picture: Image.Image, options: dict[str, A
     except (ValueError, TypeError) as error:  # of settings that do not fit together
         raise UserError(f"model: the image processor of {vit.name} fails: {one_line(error)}") from error
     height, width = pixels.shape[1:]
-    if height % vit.config.patch_size or width % vit.config.patch_size:
+    whole = not height % vit.config.patch_size and not width % vit.config.patch_size
+    if not whole and (height, width) != vit.config.image_size:
         raise UserError(
             f"model: the image processor of {vit.name} makes a picture of {height} x {width} pixels, which are no "
             f"multiples of the patch size {vit.config.patch_size}; mend the sizes in its preprocessor_config.json"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -84,13 +86,34 @@ def _exchange_a_layer(vit: ViT, other: ViT) -> None:
     vit.layers[1] = other.layers[0]
 
 
-@pytest.mark.parametrize("change", [_replace, _load_parent, _copy_position, _swap_memory, _exchange_a_layer])
+def _add_a_scale(vit: ViT, other: ViT) -> None:
+    assert vit.layers[0].scale1 is None
+    vit.layers[0].scale1 = torch.randn(vit.config.hidden_size)
+
+
+def _add_a_layer(vit: ViT, other: ViT) -> None:
+    vit.layers.append(other.layers[0])
+
+
+def _add_a_norm(vit: ViT, other: ViT) -> None:
+    assert vit.pre_norm is None
+    vit.pre_norm = other.layers[0].norm1
+
+
+CHANGES = [
+    _replace, _load_parent, _copy_position, _swap_memory, _exchange_a_layer, _add_a_scale, _add_a_layer, _add_a_norm,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
 def test_weights_that_change(vit: ViT, change: Callable[[ViT, ViT], None]) -> None:
     pixels = torch.randn(1, 3, 32, 32)
     before = vit(pixels).last_hidden_state
     change(vit, ViT(vit.config))
-    same(vit(pixels), eager(vit, pixels))
+    fresh = copy.deepcopy(vit)
+    fresh.cuda_graphs = False
+    same(vit(pixels), fresh(pixels))
     assert not torch.equal(vit(pixels).last_hidden_state, before)
 
 
@@ -155,3 +178,21 @@ def test_a_hook_added_after_the_capture_is_called(vit: ViT) -> None:
     handle.remove()
     vit(pixels)
     assert len(seen) == 2
+
+
+@torch.no_grad()
+def test_pixels_of_a_captured_shape_are_still_floating_numbers_or_uint8(vit: ViT) -> None:
+    pixels = torch.rand(1, 3, 32, 32)
+    vit(pixels)
+    for dtype in (torch.int64, torch.bool, torch.complex64):
+        with pytest.raises(TypeError, match="pixel_values must be floating numbers or uint8"):
+            vit(pixels.to(dtype))
+
+
+@torch.no_grad()
+def test_converted_weights_are_not_held(vit: ViT) -> None:
+    vit(torch.randn(1, 3, 32, 32))
+    old = [weakref.ref(buffer) for buffer in vit.buffers()]
+    vit.double()
+    gc.collect()
+    assert not any(buffer() is not None for buffer in old)

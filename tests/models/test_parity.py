@@ -51,6 +51,7 @@ SHAPES = [
     {"num_hidden_layers": 5, "hidden_size": 96, "num_attention_heads": 6},
     {"patch_size": 4, "image_size": 20},
     {"patch_size": 14, "image_size": 28},
+    {"patch_size": 8, "image_size": 34},  # as SigLIP has 384 and 14: what remains is left out
     {"layer_norm_eps": 1e-3},
 ]
 

@@ -38,9 +38,9 @@ def of_vit(name: str, vit: ViT, *, open_image: bool = False) -> Subject:
     """
     height, width = vit.image_size or vit.config.image_size
     patch = vit.config.patch_size
-    height, width = max(height // patch, 2) * patch, max(width // patch, 2) * patch
-    if open_image and height == width:
-        width += patch
+    if open_image:
+        height, width = max(height // patch, 2) * patch, max(width // patch, 2) * patch
+        width += patch if height == width else 0
     pixels = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0)).to(vit.device, vit.dtype)
     with torch.no_grad():
         outputs = tuple(outputs_of(vit(pixels)))

@@ -13,7 +13,7 @@ from visionkernels.models.modules import forward_hooks
 class _Buffer(NamedTuple):
     owner: dict[str, Tensor | None]
     name: str
-    tensor: Tensor
+    tensor: Tensor | None
     memory: Any  # held, so that a captured kernel reads no memory that went to something else
     address: int
     version: int | None
@@ -21,6 +21,9 @@ class _Buffer(NamedTuple):
 
 class Snapshot:
     """The modules and buffers of a model at one time. They stay in memory as long as this does.
+
+    What PyTorch does not count is not seen either: new values in the same memory by way of `.data`. Memory that
+    `untyped_storage().resize_` takes from a buffer is not held.
 
     Args:
         model: The model.
@@ -30,31 +33,33 @@ class Snapshot:
 
     def __init__(self, model: nn.Module, copied: Collection[str], called: Collection[nn.Module]) -> None:
         modules = list(model.modules())
-        self._children = [
-            (module._modules, name, child) for module in modules for name, child in module.named_children()
-        ]
+        self._children = [(module._modules, dict(module._modules)) for module in modules]
+        self._counts = [(module._buffers, len(module._buffers)) for module in modules]
         self._buffers = [
             _Buffer(
                 module._buffers,
                 name,
                 tensor,
-                tensor.untyped_storage(),
-                tensor.data_ptr(),
-                _version(tensor) if name in copied else None,
+                None if tensor is None else tensor.untyped_storage(),
+                0 if tensor is None else tensor.data_ptr(),
+                None if tensor is None or name not in copied else _version(tensor),
             )
             for module in modules
             for name, tensor in module._buffers.items()
-            if tensor is not None
         ]
         self._hooks = forward_hooks(called)
 
     def is_current(self) -> bool:
-        """Whether no module or buffer was replaced or lies elsewhere, and what was copied has the same values."""
-        return all(owner.get(name) is child for owner, name, child in self._children) and all(
-            owner.get(name) is tensor
-            and tensor.data_ptr() == address
-            and (version is None or version == _version(tensor))
-            for owner, name, tensor, _, address, version in self._buffers
+        """Whether nothing was added, replaced or moved, and what was copied has the same values."""
+        return (
+            all(owner == children for owner, children in self._children)
+            and all(len(owner) == count for owner, count in self._counts)
+            and all(
+                owner.get(name) is tensor
+                and (tensor is None or tensor.data_ptr() == address)
+                and (tensor is None or version is None or version == _version(tensor))
+                for owner, name, tensor, _, address, version in self._buffers
+            )
         )
 
     @property
@@ -65,7 +70,7 @@ class Snapshot:
     @property
     def tensors(self) -> list[Tensor]:
         """All buffers."""
-        return [buffer.tensor for buffer in self._buffers]
+        return [buffer.tensor for buffer in self._buffers if buffer.tensor is not None]
 
 
 def _version(tensor: Tensor) -> int:

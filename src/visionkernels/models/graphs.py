@@ -102,6 +102,7 @@ class GraphPool:
             not operators_are_traced()
             and type(pixel_values) is Tensor
             and pixel_values.is_cuda
+            and pixel_values.dim() == 4
             and pixel_values.shape[0] > 0
             and not torch.cuda.is_current_stream_capturing()
         )

@@ -42,7 +42,8 @@ class ViT(nn.Module):
     `torch.export` and a capture of the caller's, the operators run one by one; so they do with `cuda_graphs = False`
     and while a layer, the heads or SigLIP's pooling have hooks. While a graph is captured, in the first forward of its
     size, PyTorch refuses other threads random numbers on that GPU. `torch.autocast` changes nothing: the model computes
-    in the dtype of its weights. The linear layers' products of float32 are exact unless `precision` allows less.
+    in the dtype of its weights. Weights may be changed in place under `torch.no_grad()`, but not through `.data`, which
+    PyTorch does not count. The linear layers' products of float32 are exact unless `precision` allows less.
 
     Args:
         config: The model's shape.
@@ -200,8 +201,9 @@ class ViT(nn.Module):
         """Run the model.
 
         Args:
-            pixel_values: `[B, 3, H, W]`, H and W multiples of the patch size. Floating numbers, normalised as the
-                checkpoint's image processor does it; or uint8 from 0 to 255, which are normalised here.
+            pixel_values: `[B, 3, H, W]`, H and W multiples of the patch size, or `config.image_size`, of which what the
+                patch does not divide is left out, as upstream does. Floating numbers, normalised as the checkpoint's
+                image processor does it; or uint8 from 0 to 255, which are normalised here.
             output_hidden_states: Return what is between the layers too.
 
         Returns:
@@ -222,10 +224,11 @@ class ViT(nn.Module):
         dtype = torch.uint8 if is_uint8 else self.dtype  # the copy into the graph's input converts
         mean = (tuple(self.pixel_mean or ()), tuple(self.pixel_std or ())) if is_uint8 else None
         options = (output_hidden_states, self.backend, self.precision, mean)
-        # Pixels of a captured shape are right, and whether the model is still the same is asked while the GPU works.
-        output = self._graphs.replay(pixel_values, dtype, options, self._is_unchanged)
-        if output is not None:
-            return output
+        if is_uint8 or pixel_values.is_floating_point():
+            # A captured shape is right, and whether the model is still the same is asked while the GPU works.
+            output = self._graphs.replay(pixel_values, dtype, options, self._is_unchanged)
+            if output is not None:
+                return output
         self._check_pixels(pixel_values)
         if self._snapshot is None or self._snapshot.hooked:
             return self._encode(pixel_values, output_hidden_states)
@@ -244,6 +247,9 @@ class ViT(nn.Module):
         config = self.config
         options = Options(config.layer_norm_eps, config.activation, self.precision, self.backend)
         place = place or self._positions_of(self._grid_of(pixel_values))
+        rows, columns, patch = *self._grid_of(pixel_values), config.patch_size
+        if any(side % patch for side in config.image_size):  # SigLIP has such checkpoints; the rest is not looked at
+            pixel_values = pixel_values[:, :, : rows * patch, : columns * patch]
         normalised = pixel_values.dtype != torch.uint8
         x = patch_embedding(
             pixel_values,
@@ -304,7 +310,8 @@ class ViT(nn.Module):
 
     def _check_size(self, height: int, width: int, name: str) -> None:
         patch = self.config.patch_size
-        if height % patch or width % patch or not height or not width:
+        whole = height and width and not height % patch and not width % patch
+        if not whole and (height, width) != self.config.image_size:  # of that upstream leaves out what remains
             raise ValueError(
                 f"{name} must have a height and a width that are multiples of the patch size {patch}, "
                 f"got {height} x {width}"
@@ -325,13 +332,14 @@ class ViT(nn.Module):
         return current
 
     def _forget(self) -> None:
-        """Drop what was made from the weights."""
+        """Drop what was made from the weights, and what holds them."""
         self._positions.clear()
         self._graphs.clear()
+        self._snapshot = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> ViT:
+        self._forget()  # before, so that no weight is held that has a successor
         super()._apply(fn, recurse)
-        self._forget()
         check_support(self.dtype, self.device)
         return self
 

@@ -17,6 +17,16 @@ def check_dense(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be a dense tensor, got {kind}")
 
 
+def cdiv(numerator: int, denominator: int) -> int:
+    """The quotient, rounded up. Triton's functions of these names take the host a few microseconds."""
+    return -(-numerator // denominator)
+
+
+def next_power_of_2(size: int) -> int:
+    """The least power of two that is not less than ``size``, at least 1."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
 def shown(found: object) -> str:
     """What came, in one line."""
     if isinstance(found, Tensor):

@@ -148,6 +148,14 @@ def check_like(name: str, tensor: Tensor, shape: Sequence[int], axes: str, like:
         like: the argument whose dtype and device it must have.
         like_name: that argument's name.
     """
+    if (
+        isinstance(tensor, Tensor)
+        and tensor.dtype == like.dtype
+        and tensor.device == like.device
+        and tuple(tensor.shape) == tuple(shape)
+    ):
+        check_dense(name, tensor)
+        return
     check_tensor(name, tensor, axes, len(shape))
     if tensor.device != like.device:
         raise ValueError(f"{name} must be on {like.device} like {like_name}, got {tensor.device}")
@@ -209,7 +217,8 @@ def launch(
     if early:
         options["launch_pdl"] = True
     grid = (programs, 1, 1)
-    key = (kernel, programs, device, *options.items(), *map(_what_is_compiled, arguments))
+    compiled_for = [a if type(a) in _PLAIN else _what_is_compiled(a) for a in arguments]
+    key = (kernel, programs, device, *options.items(), *compiled_for)
     runner = _runners.get(key)
     with on_device(device):
         if runner is not None:
@@ -225,6 +234,7 @@ def launch(
 
 MAX_RUNNERS = 4096
 _runners: dict[tuple[Any, ...], Callable[..., None]] = {}
+_PLAIN = (int, bool, str, float, type(None))  # what is compiled for them is told by their value
 
 
 def _check_bfloat16(kernel: Any, arguments: Sequence[Any], device: torch.device) -> None:

@@ -88,7 +88,7 @@ def test_another_number_of_rows_is_no_other_kernel(launch):
 @pytest.mark.parametrize("channels", [1, 100, 384, 768, 1024, 1152, 5000, 32768])
 def test_a_lane_holds_no_more_than_64_values(launch, rows, channels):
     tile = launch.tile_of(rows, channels, launch.Device(132, (9, 0)))
-    values = tile.rows * launch.triton.next_power_of_2(channels) / (32 * tile.num_warps)
+    values = tile.rows * launch.next_power_of_2(channels) / (32 * tile.num_warps)
     assert values <= 64 or channels > 16384
     assert tile.num_warps <= 32
 

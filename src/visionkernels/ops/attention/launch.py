@@ -10,6 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from visionkernels.ops._common import cdiv
 from visionkernels.ops._inference import INTERPRET, device_of, launch
 from visionkernels.ops.attention import cpu, kernels
 
@@ -75,14 +76,14 @@ def choose_tile(num_tokens: int, groups: int, head_dim: int, itemsize: int, busy
             return Tile(32, 32 if busy else 16, 8, 1)
         return Tile(64 if num_tokens > 64 else 32, 32, 8, 2)
     block_m = 64
-    if groups * math.ceil(num_tokens / 64) < 132:  # fewer programs than processors: smaller ones use more of these
+    if groups * cdiv(num_tokens, 64) < 132:  # fewer programs than processors: smaller ones use more of these
         block_m = 32 if num_tokens > 16 else 16
     if busy or head_dim > 64:
         return Tile(block_m, 32, 4, 3)
     if num_tokens > 512:  # long rows: masks only where they end
         return Tile(64, 64, 4, 3, peel=True) if hopper else Tile(128, 64, 8, 3, peel=True)
     if hopper and num_tokens > 32:  # small steps: fewer keys beyond the last one are computed
-        few = groups * math.ceil(num_tokens / 64) <= 1024
+        few = groups * cdiv(num_tokens, 64) <= 1024
         return Tile(64, 32, 4, 5, early=True) if few else Tile(64, 32, 4, 3)
     return Tile(block_m, 64 if num_tokens > 32 else 32, 4, 3)
 
@@ -154,7 +155,7 @@ def forward(
         "ieee", INTERPRET and query.dtype == torch.bfloat16, tile.peel, tile.early,
     )  # fmt: skip
     launch(
-        kernels._attention_kernel, math.ceil(attending / tile.block_m) * groups, arguments, query.device,
+        kernels._attention_kernel, cdiv(attending, tile.block_m) * groups, arguments, query.device,
         early=tile.early, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return output

@@ -10,9 +10,9 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
+from visionkernels.ops._common import cdiv, next_power_of_2
 from visionkernels.ops.deformable_attention import binned_kernels as kernels
 from visionkernels.ops.deformable_attention import binned_samples
 from visionkernels.ops.deformable_attention.plan import shapes_argument
@@ -95,7 +95,7 @@ def grad_value(
     gradient = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     grad_output = grad_output.contiguous()
     samples = points.shape[1] * points.shape[2] * sum(problem.num_points)  # of an image
-    images = images_per_pass or triton.cdiv(batch, triton.cdiv(batch, max(1, SAMPLES_PER_PASS // samples)))
+    images = images_per_pass or cdiv(batch, cdiv(batch, max(1, SAMPLES_PER_PASS // samples)))
     with torch.cuda.device(value.device) if value.device.type == "cuda" else nullcontext():
         for first in range(0, batch, images):
             part = slice(first, first + images)
@@ -113,7 +113,7 @@ def _pass(problem: Problem, grad_output: Tensor, gradient: Tensor, deterministic
     all_bins = batch * num_heads * num_bins
     samples = batch * num_queries * num_heads * sum(problem.num_points)
     partial = deterministic or options.gather
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = max(16, next_power_of_2(head_dim))
     items = samples // options.chunk + min(all_bins, samples)
     shapes = shapes_argument(problem)
     in_memory = problem.spatial_shapes is not None
@@ -122,7 +122,7 @@ def _pass(problem: Problem, grad_output: Tensor, gradient: Tensor, deterministic
     points, weights = problem.points.contiguous(), problem.weights.contiguous()
     references = None if problem.reference_points is None else problem.reference_points.contiguous()
     constants = _sampling_constants(problem, options, deterministic)
-    grid: tuple[int, ...] = (batch * triton.cdiv(num_queries, options.threads), num_heads)
+    grid: tuple[int, ...] = (batch * cdiv(num_queries, options.threads), num_heads)
     # Two cursors and the counters are filled with zeros at a time; both begin at multiples of 16 bytes.
     counters = torch.zeros(4 + (0 if deterministic else all_bins), dtype=torch.int32, device=device)
     cursor, counts = counters[:2], counters[4:]
@@ -134,7 +134,7 @@ def _pass(problem: Problem, grad_output: Tensor, gradient: Tensor, deterministic
         ranks, counts = _sorted_places(ranks, all_bins)
     item_list = torch.empty(items, 8, dtype=torch.int32, device=device)
     first_items = torch.empty(2, all_bins, dtype=torch.int32, device=device) if partial else None
-    kernels._plan_kernel[(triton.cdiv(all_bins, PLAN_BLOCK),)](
+    kernels._plan_kernel[(cdiv(all_bins, PLAN_BLOCK),)](
         counts, cursor, item_list, first_items, shapes, all_bins, num_bins, len(problem.num_points), in_memory,
         options.chunk, PLAN_BLOCK, deterministic, partial, num_warps=4,
     )  # fmt: skip
@@ -156,7 +156,7 @@ def _pass(problem: Problem, grad_output: Tensor, gradient: Tensor, deterministic
         options.block_k, options.stages, partial, num_warps=options.tile_warps,
     )  # fmt: skip
     if partial:
-        grid = (batch * num_heads * triton.cdiv(num_pixels, options.gather_pixels),)
+        grid = (batch * num_heads * cdiv(num_pixels, options.gather_pixels),)
         kernels._gather_kernel[grid](
             gradient, sums, first_items, shapes, mask, *scalars, num_heads, head_dim, len(problem.num_points),
             mask is not None, in_memory, block_d, options.gather_pixels, num_warps=1,
@@ -169,7 +169,7 @@ def _sorted_places(bins: Tensor, all_bins: int) -> tuple[Tensor, Tensor]:
     """Each sample's place among all, sorted by bin and then by itself; and where each bin begins, [all_bins + 1]."""
     ordered, order = torch.sort(bins, stable=True)
     places = torch.empty_like(bins)
-    grid = (triton.cdiv(bins.shape[0], 1024),)
+    grid = (cdiv(bins.shape[0], 1024),)
     kernels._invert_kernel[grid](places, order, bins.shape[0], 1024, num_warps=4)
     edges = torch.arange(all_bins + 1, dtype=torch.int32, device=bins.device)
     return places, torch.searchsorted(ordered, edges, out_int32=True)

@@ -11,11 +11,10 @@ from math import gcd
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from visionkernels.ops._common import on_device
+from visionkernels.ops._common import cdiv, on_device
 from visionkernels.ops.deformable_attention import kernels, sampling, warp_backward, warp_forward
 from visionkernels.ops.deformable_attention.problem import Problem
 from visionkernels.ops.deformable_attention.tile import LANE_BYTES, choose_tile, choose_warp_tile
@@ -232,7 +231,7 @@ def _plan(
         )
         kernel = kernels._forward_kernel if needs is None else kernels._backward_kernel
         choice = _Choice(kernel, constants, tile.rows, tile.heads, tile.num_warps)
-    grid = (batch * triton.cdiv(num_queries, choice.rows // choice.heads), num_heads // choice.heads, 1)
+    grid = (batch * cdiv(num_queries, choice.rows // choice.heads), num_heads // choice.heads, 1)
     scalars = (stride_n, stride_m, batch, num_pixels, num_queries)
     options = {"num_warps": choice.num_warps}
     if choice.maxnreg is not None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from visionkernels.ops._common import cdiv, next_power_of_2
 from visionkernels.ops._inference import Device, device_of, launch, rows_of
 from visionkernels.ops.layer_norm import cpu, kernels
 
@@ -31,7 +31,7 @@ def tile_of(num_rows: int, channels: int, device: Device) -> Tile:
     brings its neighbours, so that each lane reads 16 bytes at least. Few rows are spread over more warps, for latency,
     and begin while the kernel before ends; of many, a warp takes two at once, for more reads under way.
     """
-    block = triton.next_power_of_2(max(channels, 1))
+    block = next_power_of_2(max(channels, 1))
     early = device.launches_early and num_rows <= 4096
     if block > 1024:
         return Tile(1, 1, min(block // 512, 32), early)
@@ -121,9 +121,9 @@ def _launch(
         output, total, rows, residual_rows, weight, bias, scale, input_bias,
         rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), rows.shape[0],
         channels, eps, parts, tl.float64 if input.dtype == torch.float64 else tl.float32,
-        tile.rows, tile.loop, triton.next_power_of_2(channels), tile.early,
+        tile.rows, tile.loop, next_power_of_2(channels), tile.early,
     )  # fmt: skip
     launch(
-        kernels._layer_norm_kernel, triton.cdiv(rows.shape[0], tile.rows * tile.loop), arguments, input.device,
+        kernels._layer_norm_kernel, cdiv(rows.shape[0], tile.rows * tile.loop), arguments, input.device,
         early=tile.early, num_warps=tile.num_warps,
     )  # fmt: skip

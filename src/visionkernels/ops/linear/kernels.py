@@ -31,7 +31,7 @@ def _tanh(x, SHORT: tl.constexpr):
 def _erf_short(x, SHORT: tl.constexpr):
     """erf(x / sqrt(2)) as the tanh of an odd polynomial, in two thirds of the instructions of the exact one.
 
-    Fitted so that GELU is 5e-5 off at most, and its tail on the negative side, down to -4.5, 0.4 percent at most.
+    Fitted so that GELU by an exact tanh is 5e-5 off at most, and its tail, down to -4.5, 0.4 percent at most.
     """
     square = x * x
     p = square * 3.343291152215274e-07 - 9.346616652872027e-06

@@ -6,11 +6,11 @@ from math import prod
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from visionkernels.ops._common import cdiv
 from visionkernels.ops._inference import INTERPRET, Device, device_of, launch, rows_of
 from visionkernels.ops.linear import cpu, kernels
 from visionkernels.ops.linear.tiles import Tile, tile_of
@@ -105,7 +105,7 @@ def _launch(
         )  # fmt: skip
     (num_rows, num_columns), num_inner = columns.shape, rows.shape[1]
     block_k = _block_k(tile, rows)
-    tiles = triton.cdiv(num_rows, tile.block_m) * triton.cdiv(num_columns, tile.block_n)
+    tiles = cdiv(num_rows, tile.block_m) * cdiv(num_columns, tile.block_n)
     half, rest = rows.element_size() == 2, (num_rows, num_columns, num_inner, activation, gated, precision)
     short = short_gelu(device_of(rows.device)) if half else None
     blocks = (tile.block_m, tile.block_n, block_k, tile.group_m)

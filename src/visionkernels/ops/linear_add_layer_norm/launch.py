@@ -6,9 +6,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
+from visionkernels.ops._common import cdiv
 from visionkernels.ops._inference import Device, device_of, launch, rows_of
 from visionkernels.ops.layer_norm import launch as norm_launch
 from visionkernels.ops.linear import kernels
@@ -65,7 +65,7 @@ def split_of(num_rows: int, num_columns: int, num_inner: int, device: Device) ->
     """In how many parts few rows are multiplied, so that most multiprocessors have one; None for many rows."""
     if not device.is_hopper:
         return None
-    tiles = triton.cdiv(num_rows, 64) * triton.cdiv(num_columns, 64)
+    tiles = cdiv(num_rows, 64) * cdiv(num_columns, 64)
     if not 0 < tiles <= device.multiprocessors:
         return None
     step = Split(1).block_k
@@ -79,7 +79,7 @@ def _multiply(rows: Tensor, weight: Tensor, split: Split) -> Tensor:
     if split.parts > 1 and num_inner % (split.parts * split.block_k):
         raise ValueError(f"{num_inner} channels are not {split.parts} times a multiple of {split.block_k}")
     parts = rows.new_empty(split.parts, num_rows, num_columns, dtype=torch.float32)
-    tiles = triton.cdiv(num_rows, split.block_m) * triton.cdiv(num_columns, split.block_n)
+    tiles = cdiv(num_rows, split.block_m) * cdiv(num_columns, split.block_n)
     arguments = (
         parts, linear_launch.descriptor(rows, [split.block_m, split.block_k]),
         linear_launch.descriptor(weight, [split.block_n, split.block_k]),

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from visionkernels.ops._common import cdiv
 from visionkernels.ops._inference import INTERPRET, device_of, launch
 from visionkernels.ops.patch_embedding import cpu, kernels
 
@@ -92,7 +93,7 @@ def forward(
     if tile is None:
         hopper = device_of(weight.device).launches_early
         tile = choose_tile(batch * num_tokens, channels, weight.element_size(), pixels.element_size(), hopper)
-    programs = math.ceil(batch * num_tokens / tile.block_r) * math.ceil(channels / tile.block_c)
+    programs = cdiv(batch * num_tokens, tile.block_r) * cdiv(channels, tile.block_c)
     run = 3 * size if channels_last else size
     arguments = (
         pixels, weight, bias, position_embedding, prefix_tokens, output, *strides,
