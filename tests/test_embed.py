@@ -50,6 +50,19 @@ def picture(seed: int = 0, size: tuple[int, int] = (60, 50)) -> Image.Image:
     return Image.fromarray(pixels)
 
 
+def test_a_checkpoint_s_own_size_that_its_patch_does_not_divide(tmp_path: Path) -> None:
+    model = save(CASES["siglip"], tmp_path, patch_size=8, image_size=34)
+    processor = transformers.SiglipImageProcessorPil(size={"height": 34, "width": 34})
+    processor.save_pretrained(tmp_path)
+    wanted = model(processor(images=picture(), return_tensors="pt").pixel_values).pooler_output[0].detach().numpy()
+    got = vk.embed(picture(), tmp_path, device="cpu")
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+    processor.size = {"height": 36, "width": 36}
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="36 x 36 pixels, which are no multiples of the patch size 8"):
+        vk.embed(picture(), tmp_path, device="cpu")
+
+
 @pytest.mark.parametrize("name", VECTORS)
 def test_vectors_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     model, processor = checkpoint(name, tmp_path)
