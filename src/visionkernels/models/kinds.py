@@ -28,11 +28,11 @@ def number(low: float, high: float) -> Kind:
     )
 
 
-def triple(kind: Kind) -> Kind:
-    """Three of a kind, one a channel."""
+def one_or_three(kind: Kind) -> Kind:
+    """One of a kind, or three: one a channel."""
     return Kind(
-        f"a list of three, each {kind.words}",
-        lambda value: _is_list(value) and len(value) == 3 and all(map(kind.fits, value)),
+        f"{kind.words}, or a list of three of such",
+        lambda value: kind.fits(value) or (_is_list(value) and len(value) == 3 and all(map(kind.fits, value))),
     )
 
 
@@ -109,8 +109,8 @@ PREPROCESSOR = {  # of what a preprocessor_config.json says that is read here
     "do_rescale": FLAG,
     "rescale_factor": number(0, 1e6),
     "do_normalize": FLAG,
-    "image_mean": triple(number(-1e6, 1e6)),
-    "image_std": triple(number(1e-6, 1e6)),
+    "image_mean": one_or_three(number(-1e6, 1e6)),
+    "image_std": one_or_three(number(1e-6, 1e6)),
 }
 
 
