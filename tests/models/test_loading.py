@@ -7,6 +7,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -289,6 +290,18 @@ def test_defaults_are_those_of_transformers(family: str) -> None:
 
 def test_a_table_for_every_family() -> None:
     assert TABLES.keys() == DEFAULTS.keys() == set(FAMILIES.values())
+
+
+@pytest.mark.parametrize("whole", [np.int64, np.int32, np.uint16])
+def test_a_config_of_integers_of_numpy(whole: type) -> None:
+    numbers = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 64, "patch_size": 8}
+    config = ViTConfig("vit", **{name: whole(number) for name, number in numbers.items()}, image_size=(whole(32),) * 2)
+    assert config == ViTConfig("vit", **numbers, image_size=(32, 32))
+    assert type(config.num_layers) is type(config.image_size[0]) is int
+    assert ViT(config)(PICTURES).last_hidden_state.shape == (2, 17, 32)
+    for wrong in True, np.True_, np.float64(2), whole(0), np.array([2]):
+        with pytest.raises(UserError, match="config: num_heads: expected a whole number from 1 to 65536, but it is"):
+            ViTConfig("vit", num_heads=wrong)
 
 
 def test_labels(tmp_path: Path) -> None:

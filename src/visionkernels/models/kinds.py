@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from visionkernels.errors import UserError
@@ -112,6 +113,14 @@ PREPROCESSOR = {  # of what a preprocessor_config.json says that is read here
     "image_mean": one_or_three(number(-1e6, 1e6)),
     "image_std": one_or_three(number(1e-6, 1e6)),
 }
+
+
+def plain(value: Any) -> Any:
+    """An argument with Python's integers in place of NumPy's, which the operators do not take."""
+    if isinstance(value, (list, tuple)):
+        parts = [plain(part) for part in value]
+        return parts if isinstance(value, list) else tuple(parts)
+    return int(value) if not isinstance(value, bool) and isinstance(value, Integral) else value
 
 
 def check(file: str, values: Mapping[str, Any], kinds: Mapping[str, Kind], required: Collection[str] = ()) -> None:
