@@ -122,13 +122,38 @@ def test_a_gpu_that_is_not_there(capsys):
 
 
 @pytest.mark.parametrize(
-    ("settings", "name"), [({"model_type": "convnexty"}, "'convnexty'"), ({"architectures": ["X"]}, "None")]
+    ("settings", "name"),
+    [({"model_type": "convnexty"}, "'convnexty'"), ({"architectures": ["X"]}, "None"), ({}, "None")],
 )
 def test_an_unknown_model_type(capsys, tmp_path, settings, name):
     (tmp_path / "config.json").write_text(json.dumps(settings))
     error = fails_with(capsys, str(tmp_path), "--format", "onnx")
     assert f"names the model_type {name}, which transformers " in error
     assert "is exported from Python: visionkernels.export.onnx.export(model, inputs, path)" in error
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_type": ["vit"]}, "config.json: model_type: expected a string, but it is ['vit']"),
+        ({"architectures": "ViTModel"}, "config.json: architectures: expected a list of strings"),
+    ],
+)
+def test_a_model_type_that_is_none(capsys, tmp_path, settings, message):
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert message in fails_with(capsys, str(tmp_path), "--format", "onnx")
+
+
+@pytest.mark.parametrize("left", [{}, {"model_type": None}], ids=["left out", "null"])
+def test_a_vit_whose_architecture_names_it(capsys, tmp_path, left):
+    tiny_vits.save(tiny_vits.CASES["vit"], tmp_path / "some", num_hidden_layers=1)
+    config = tmp_path / "some" / "config.json"
+    settings = json.loads(config.read_text())
+    del settings["model_type"]
+    config.write_text(json.dumps(settings | left))
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "some"), "--format", "onnx", "--output", str(tmp_path / "some.onnx")]) == 0
+    assert "some in" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["onnx", "tensorrt"])

@@ -14,8 +14,11 @@ pytest.importorskip("transformers")
 
 import onnx as onnx_format
 from models import tiny_vits
+from onnx.reference import ReferenceEvaluator
 
-from visionkernels.export import _older_opsets, _samples, _trace, _vit, aoti, check, onnx, tensorrt
+from visionkernels.export import _older_opsets, _samples, _standard, _trace, _vit, aoti, check, onnx, tensorrt
+from visionkernels.export._open_sizes import Tracing
+from visionkernels.models import ViT, ViTConfig
 
 OPEN = ("batch", "height", "width")
 OPSETS = {
@@ -202,6 +205,49 @@ def test_other_functions_written_out(dtype):
     for affine in (weight, bias), (None, None):
         got = _older_opsets.layer_norm(x, (8,), *affine, 1e-5)
         torch.testing.assert_close(got, F.layer_norm(x, (8,), *affine, 1e-5))
-    torch.testing.assert_close(_older_opsets.mean(x, (0, 2), True), x.mean((0, 2), keepdim=True))
-    for chunks, dim in (2, 2), (2, 1), (3, -1):
-        assert all(map(torch.equal, _older_opsets.chunk(x, chunks, dim), x.chunk(chunks, dim)))
+    for chunks, dim in (2, 2), (2, 1), (3, -1), (4, 1), (9, 0):
+        got, expected = _older_opsets.chunk(x, chunks, dim), x.chunk(chunks, dim)
+        assert len(got) == len(expected)
+        assert all(map(torch.equal, got, expected))
+    assert [len(one) for one in _older_opsets.chunk(x[0, 0, :0], 3)] == [0, 0, 0]
+
+
+MEANS = {
+    "of all": lambda x: x.mean(),
+    "of no axis named": lambda x: torch.mean(x, None, True),
+    "of an empty list": lambda x: x.mean([]),
+    "axis 0": lambda x: x.mean(0),
+    "last, kept": lambda x: x.mean(-1, keepdim=True),
+    "two": lambda x: torch.mean(x, dim=(0, 2)),
+    "to float64": lambda x: x.mean(dtype=torch.float64),
+    "to float16": lambda x: x.mean((1,), True, dtype=torch.float16),
+    "of integers": lambda x: (10 * x).long().mean(1, dtype=torch.float32),
+    "NumPy's names": lambda x: torch.mean(x, axis=1, keepdims=True),
+    "of a scalar": lambda x: x[0, 0, 0].mean(-1) + x[0, 0, 0].mean(),
+}
+
+
+@pytest.mark.parametrize("opset", [17, 18])
+@pytest.mark.parametrize("call", MEANS.values(), ids=MEANS)
+def test_every_call_of_mean(call, opset):
+    x = torch.randn(2, 5, 8)
+    with Tracing(_standard.lowered(opset)):
+        got = call(x)
+    torch.testing.assert_close(got, call(x))
+
+
+@pytest.mark.parametrize("opset", [17, 18])
+def test_a_mean_of_float16_is_summed_in_float32(tmp_path, opset):
+    """By the letter of ONNX, which onnxruntime on the CPU does not follow: it adds up in float32 anyway."""
+    shape = {"hidden_size": 8, "num_heads": 2, "num_layers": 1, "intermediate_size": 8, "patch_size": 2}
+    config = ViTConfig("siglip", **shape, image_size=(64, 64), classifier="mean", labels=("a", "b"), final_norm=False)
+    vit = ViT(config, dtype=torch.float16)
+    with torch.no_grad():
+        for tensor in (*vit.parameters(), *vit.buffers()):
+            tensor.normal_(std=0.02)
+        vit.patch.bias.fill_(100)  # 1024 patches: the sum is beyond float16, the mean is not
+    pixels = torch.randn(1, 3, 64, 64).half()
+    onnx.export(vit, {"pixel_values": pixels}, tmp_path / "model.onnx", opset=opset)
+    run = ReferenceEvaluator(onnx_format.load(tmp_path / "model.onnx")).run
+    *_, logits = run(None, {"pixel_values": pixels.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), vit(pixels).logits, rtol=1e-2, atol=1e-2)

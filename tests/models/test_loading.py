@@ -7,6 +7,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -291,6 +292,18 @@ def test_a_table_for_every_family() -> None:
     assert TABLES.keys() == DEFAULTS.keys() == set(FAMILIES.values())
 
 
+@pytest.mark.parametrize("whole", [np.int64, np.int32, np.uint16])
+def test_a_config_of_integers_of_numpy(whole: type) -> None:
+    numbers = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 64, "patch_size": 8}
+    config = ViTConfig("vit", **{name: whole(number) for name, number in numbers.items()}, image_size=(whole(32),) * 2)
+    assert config == ViTConfig("vit", **numbers, image_size=(32, 32))
+    assert type(config.num_layers) is type(config.image_size[0]) is int
+    assert ViT(config)(PICTURES).last_hidden_state.shape == (2, 17, 32)
+    for wrong in True, np.True_, np.float64(2), whole(0), np.array([2]):
+        with pytest.raises(UserError, match="config: num_heads: expected a whole number from 1 to 65536, but it is"):
+            ViTConfig("vit", num_heads=wrong)
+
+
 def test_labels(tmp_path: Path) -> None:
     save(CASES["vit-classifier"], tmp_path)
     edit_config(tmp_path, id2label={"1": "b", "0": "a", "10": "k", "2": "c", "3": "d"})
@@ -360,9 +373,11 @@ def test_values_that_do_not_fit_together(name: str, changes: dict, words: str, t
         ({"rescale_factor": "1/255"}, "rescale_factor: expected a number"),
         (
             {"image_mean": [0.5]},
-            "image_mean: expected a list of three, each a number from -1e+06 to 1e+06, but it is [0.5]",
+            "image_mean: expected a number from -1e+06 to 1e+06, or a list of three of such, but it is [0.5]",
         ),
-        ({"image_std": [0.5, 0.5, 0]}, "image_std: expected a list of three, each a number"),
+        ({"image_std": [0.5, 0.5, 0]}, "image_std: expected a number from 1e-06 to 1e+06, or a list of three of such"),
+        ({"image_std": 0}, "image_std: expected a number from 1e-06 to 1e+06, or a list of three of such, but it is 0"),
+        ({"image_mean": True}, "image_mean: expected a number"),
         ({"do_normalize": "no"}, "do_normalize: expected true or false, but it is 'no'"),
         ([], "must hold an object"),
     ],
@@ -381,6 +396,22 @@ def test_preprocessors_that_cannot_be_used(settings: object, words: str, tmp_pat
     assert " processor_config.json" in refusal(tmp_path)
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": [settings]}))
     assert "image_processor: expected an object" in refusal(tmp_path)
+
+
+def test_one_number_normalises_every_channel(tmp_path: Path) -> None:
+    save(CASES["vit"], tmp_path)
+    settings = {"image_processor_type": "ViTImageProcessor", "image_mean": 0, "image_std": [0.2, 0.3, 0.4]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    vit = ViT.from_pretrained(tmp_path)
+    assert (vit.pixel_mean, vit.pixel_std) == ((0.0, 0.0, 0.0), (0.2, 0.3, 0.4))
+    settings |= {"image_mean": 0.25, "image_std": 0.5, "size": {"height": 32, "width": 32}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    vit = ViT.from_pretrained(tmp_path)
+    assert (vit.pixel_mean, vit.pixel_std) == ((0.25,) * 3, (0.5,) * 3)
+    pixels = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    processor = transformers.ViTImageProcessorPil.from_pretrained(tmp_path)
+    theirs = vit(processor(pixels.permute(1, 2, 0).numpy(), return_tensors="pt").pixel_values).last_hidden_state
+    assert relative_error(vit(pixels[None]).last_hidden_state, theirs) <= 1e-5
 
 
 @pytest.mark.parametrize(

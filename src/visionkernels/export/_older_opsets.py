@@ -1,7 +1,8 @@
-"""PyTorch's functions that are one ONNX operator from a later opset on, in operators of opset 16."""
+"""PyTorch's functions that are one ONNX operator from a later opset on, in operators of opset 16; and the mean."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,14 +13,25 @@ from torch import Tensor
 
 
 def written_out(opset: int) -> dict[Any, Callable[..., Any]]:
-    """The functions that ONNX does not have at this opset, and a function of the same arguments for each."""
+    """The functions that ONNX does not have at this opset, and the mean: a function of the same arguments for each."""
     forms: dict[Any, Callable[..., Any]] = {}
     if opset < 17:
         forms |= {F.layer_norm: layer_norm, torch.layer_norm: layer_norm}
     if opset < 18:
-        forms |= {F.interpolate: interpolate, Tensor.mean: mean, torch.mean: mean}
-        forms |= {Tensor.chunk: chunk, torch.chunk: chunk}
-    return forms
+        forms |= {F.interpolate: interpolate, Tensor.chunk: chunk, torch.chunk: chunk}
+    means = _with_names_of_numpy(mean if opset < 18 else wide_mean)
+    return forms | {Tensor.mean: means, torch.mean: means}
+
+
+def _with_names_of_numpy(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """PyTorch's reductions take NumPy's names of their arguments as well."""
+    names = {"axis": "dim", "keepdims": "keepdim"}
+
+    @functools.wraps(form)
+    def call(*arguments: Any, **options: Any) -> Tensor:
+        return form(*arguments, **{names.get(name, name): value for name, value in options.items()})
+
+    return call
 
 
 def layer_norm(
@@ -40,16 +52,31 @@ def layer_norm(
     return output.to(input.dtype)
 
 
-def mean(input: Tensor, dim: int | Sequence[int], keepdim: bool = False) -> Tensor:
+def mean(
+    input: Tensor, dim: int | Sequence[int] | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Tensor:
     """`torch.mean`; the exporter's form of ReduceMean has no way back from opset 18."""
-    axes = (dim,) if isinstance(dim, int) else tuple(dim)
-    return input.sum(axes, keepdim) / math.prod(input.shape[axis] for axis in axes)
+    dtype = dtype or input.dtype
+    sizes = tuple(input.shape) or (1,)  # a scalar has an axis here, as it has for PyTorch
+    axes = (dim,) if isinstance(dim, int) else tuple(dim or range(input.dim()))
+    wide = input.to(torch.promote_types(dtype, torch.float32))  # the sum may be beyond a dtype that holds the mean
+    total = wide.sum(axes, keepdim)
+    return (total / math.prod(sizes[axis] for axis in axes)).to(dtype)
+
+
+def wide_mean(input: Tensor, *arguments: Any, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+    """`torch.mean`, its sum in float32: a runtime may add up a ReduceMean of float16 in float16, past its largest."""
+    dtype = dtype or input.dtype
+    return torch.mean(input.to(torch.promote_types(dtype, torch.float32)), *arguments, **options).to(dtype)
 
 
 def chunk(input: Tensor, chunks: int, dim: int = 0) -> tuple[Tensor, ...]:
     """`torch.chunk`; Split counts its outputs from opset 18 on."""
-    size = -(-input.shape[dim] // chunks)
-    return input.split_with_sizes([size] * (chunks - 1) + [input.shape[dim] - size * (chunks - 1)], dim)
+    length = input.shape[dim]
+    size = -(-length // chunks)
+    if isinstance(length, int) and size:
+        chunks = -(-length // size)  # fewer, where so many of this size are more than there is
+    return input.split_with_sizes([size] * (chunks - 1) + [length - size * (chunks - 1)], dim)
 
 
 def interpolate(input: Tensor, **options: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,10 @@ _TASK_OUTPUTS = (
     "logits", "pred_boxes", "pred_masks", "class_queries_logits", "masks_queries_logits", "decoder_coord_logits",
     "decoder_class_logits", "order_logits", "out_masks",
 )  # fmt: skip
+# PP-DocLayout's order_logits hold -1e4 for each pair in the wrong order, and Grounding DINO's logits hold -inf for each
+# token that is not there, for which a runtime may have the lowest number of the dtype. A ViT fills nothing, and the
+# last hidden state of one without a final norm may hold thousands.
+FILLING = 1e4
 _FROM_PYTHON = (
     "a module that calls this package's operators is exported from Python: "
     "visionkernels.export.onnx.export(model, inputs, path)"
@@ -37,6 +42,7 @@ class Subject:
         sizes: the sizes that can stay open: for each label, the inputs and their axis.
         unit: a step of each size that the model takes; 1 where it is not named.
         sample: inputs made of the picture that ships with the package.
+        filled_from: entries of the outputs this far from 0 are fillings of masked places, whose value is nothing.
     """
 
     name: str
@@ -46,6 +52,7 @@ class Subject:
     sizes: dict[str, dict[str, int]]
     unit: dict[str, int] = field(default_factory=dict)
     sample: dict[str, Tensor] | None = None
+    filled_from: float = math.inf
 
     def half(self) -> Subject:
         """The same in float16."""
@@ -169,7 +176,9 @@ def of_model(
         "batch": dict.fromkeys(inputs, 0), "height": {"pixel_values": 2}, "width": {"pixel_values": 3},
     }  # fmt: skip
     unit = size_unit(model)
-    return Subject(name, TaskOutputs(model, names), inputs, names, sizes, {"height": unit, "width": unit}, sample)
+    return Subject(
+        name, TaskOutputs(model, names), inputs, names, sizes, {"height": unit, "width": unit}, sample, FILLING
+    )
 
 
 def size_unit(model: Any) -> int:

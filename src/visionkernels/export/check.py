@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,8 +76,8 @@ def _compare(subject: Subject, run: Run, labels: Sequence[str]) -> list[Comparis
             found += [Comparison(name, output, float("inf"), TOLERANCE, one_line(error)) for output in subject.outputs]
             continue
         for output, one, stock, true in zip(subject.outputs, got, expected, truth, strict=True):
-            allowed = TOLERANCE if wide is None else 2 * relative(stock, true) + ROUNDING
-            found.append(Comparison(name, output, relative(one, true), allowed))
+            allowed = TOLERANCE if wide is None else 2 * relative(stock, true, subject.filled_from) + ROUNDING
+            found.append(Comparison(name, output, relative(one, true, subject.filled_from), allowed))
     return found
 
 
@@ -94,23 +95,31 @@ def _exact_convolutions() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def relative(got: Tensor, truth: Tensor) -> float:
+def relative(got: Tensor, truth: Tensor, filled_from: float = math.inf) -> float:
     """The largest difference relative to the largest entry, infinite where shapes, or what is not finite, differ.
 
-    Entries of 1e3 and more are the fillings of masked places, and infinities as large as the dtype allows: they count
-    as one value.
+    Args:
+        got: What is judged.
+        truth: What it should be.
+        filled_from: Entries this far from 0, and infinities, are fillings: left out, if they are in the same places
+            with the same signs.
     """
     if got.shape != truth.shape:
         return float("inf")
     got, truth = got.detach().cpu().double(), truth.detach().cpu().double()
     if not truth.numel():
         return 0.0
-    filled = truth.abs() >= 1e3
-    if not torch.equal(filled, ~(got.abs() < 1e3)):
+    if not torch.equal(_fillings(got, filled_from), _fillings(truth, filled_from)):
         return float("inf")
+    filled = truth.abs() >= filled_from
     if filled.all():
         return 0.0
     return ((got - truth)[~filled].abs().max() / truth[~filled].abs().max().clamp(min=1e-30)).item()
+
+
+def _fillings(tensor: Tensor, filled_from: float) -> Tensor:
+    """Where fillings are, and their signs; NaN is like nothing."""
+    return tensor.sign().where(~(tensor.abs() < filled_from), tensor.new_zeros(()))
 
 
 def _outputs(found: Tensor | Sequence[Tensor] | ViTOutput) -> tuple[Tensor, ...]:

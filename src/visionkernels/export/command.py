@@ -66,7 +66,7 @@ def find_subject(options: Options) -> Subject:
     """The model that the command names: a sample of this package's own, or a checkpoint of a ViT or of a detector."""
     from visionkernels.detection import find_device
     from visionkernels.export import _samples, _subject, _vit
-    from visionkernels.models import FAMILIES
+    from visionkernels.models import families
     from visionkernels.models.files import read_settings
 
     half, open_image = options.dtype == "fp16", {"height", "width"} <= set(options.dynamic)
@@ -76,11 +76,11 @@ def find_subject(options: Options) -> Subject:
     elif options.model in (None, "detector"):
         require("transformers", "PIL", "scipy", job="export")
         subject = _subject.of_checkpoint(None, half=half, open_image=open_image)
-    elif (kind := read_settings(options.model).get("model_type")) in FAMILIES:
+    elif families.model_type(settings := read_settings(options.model)) in families.FAMILIES:
         subject = _vit.of_checkpoint(options.model, half=half, open_image=open_image)
     else:
         require("transformers", "PIL", "scipy", job="export")
-        _subject.check_known(options.model, kind)
+        _subject.check_known(options.model, settings.get("model_type"))
         subject = _subject.of_checkpoint(options.model, half=half, open_image=open_image)
     return subject if options.device == "cpu" else subject.to(find_device(options.device))
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from visionkernels.errors import UserError
 from visionkernels.models import families
-from visionkernels.models.kinds import SIZE, check_value
+from visionkernels.models.kinds import SIZE, check_value, plain
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,8 @@ class ViTConfig:
     problem_type: str | None = None
 
     def __post_init__(self) -> None:
+        for one in fields(self):
+            object.__setattr__(self, one.name, plain(getattr(self, one.name)))
         for name in ("hidden_size", "num_heads", "intermediate_size", "patch_size"):
             check_value(f"config: {name}", getattr(self, name), SIZE)
         if self.head_dim is None and self.hidden_size % self.num_heads:

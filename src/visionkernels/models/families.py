@@ -80,9 +80,13 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
         UserError: If the family is none that is known, the model has what this package lacks, or a value is of another
             kind than it must be.
     """
-    check("config.json", config, CONFIG)
+    kind = model_type(config)
+    if kind not in FAMILIES:
+        raise UserError(
+            f"model: config.json names the model_type {kind!r}, which is none of the vision transformers known here: "
+            f"{', '.join(FAMILIES)}"
+        )
     vision, config = config, _without_nulls(config)
-    kind = _model_type(config)
     family = FAMILIES[kind]
     if kind in ("clip", "siglip"):  # with the text half
         vision = config.get("vision_config", {})
@@ -100,18 +104,26 @@ def _without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _model_type(config: Mapping[str, Any]) -> str:
-    kind = config.get("model_type")
-    if kind is None:
-        architecture = next(iter(config.get("architectures", ())), "")
-        starts = [start for start in _ARCHITECTURES if architecture.startswith(start)]
-        kind = _ARCHITECTURES[max(starts, key=len)] if starts else architecture or None
-    if kind not in FAMILIES:
-        raise UserError(
-            f"model: config.json names the model_type {kind!r}, which is none of the vision transformers known here: "
-            f"{', '.join(FAMILIES)}"
-        )
-    return kind
+def model_type(config: Mapping[str, Any]) -> str | None:
+    """What a config.json says that the model is, whether or not it is known here.
+
+    Args:
+        config: The parsed config.json.
+
+    Returns:
+        Its model_type; without one that of its architecture, or the architecture itself if no family's begins so; None
+        if it names neither.
+
+    Raises:
+        UserError: If a value is of another kind than it must be.
+    """
+    check("config.json", config, CONFIG)
+    kind: str | None = config.get("model_type")
+    if kind is not None:
+        return kind
+    architecture: str = next(iter(config.get("architectures") or ()), "")
+    starts = [start for start in _ARCHITECTURES if architecture.startswith(start)]
+    return _ARCHITECTURES[max(starts, key=len)] if starts else architecture or None
 
 
 def _shape(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,4 +196,9 @@ def normalisation(
     mean, std = preprocessor.get("image_mean"), preprocessor.get("image_std")
     if mean is None or std is None:
         return None, None
-    return tuple(float(x) for x in mean), tuple(float(x) for x in std)
+    return _by_channel(mean), _by_channel(std)
+
+
+def _by_channel(numbers: float | Sequence[float]) -> tuple[float, ...]:
+    """Three numbers, or one that holds for every channel."""
+    return tuple(map(float, numbers)) if isinstance(numbers, Sequence) else (float(numbers),) * 3

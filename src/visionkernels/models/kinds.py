@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from visionkernels.errors import UserError
@@ -28,11 +29,11 @@ def number(low: float, high: float) -> Kind:
     )
 
 
-def triple(kind: Kind) -> Kind:
-    """Three of a kind, one a channel."""
+def one_or_three(kind: Kind) -> Kind:
+    """One of a kind, or three: one a channel."""
     return Kind(
-        f"a list of three, each {kind.words}",
-        lambda value: _is_list(value) and len(value) == 3 and all(map(kind.fits, value)),
+        f"{kind.words}, or a list of three of such",
+        lambda value: kind.fits(value) or (_is_list(value) and len(value) == 3 and all(map(kind.fits, value))),
     )
 
 
@@ -109,9 +110,17 @@ PREPROCESSOR = {  # of what a preprocessor_config.json says that is read here
     "do_rescale": FLAG,
     "rescale_factor": number(0, 1e6),
     "do_normalize": FLAG,
-    "image_mean": triple(number(-1e6, 1e6)),
-    "image_std": triple(number(1e-6, 1e6)),
+    "image_mean": one_or_three(number(-1e6, 1e6)),
+    "image_std": one_or_three(number(1e-6, 1e6)),
 }
+
+
+def plain(value: Any) -> Any:
+    """An argument with Python's integers in place of NumPy's, which the operators do not take."""
+    if isinstance(value, (list, tuple)):
+        parts = [plain(part) for part in value]
+        return parts if isinstance(value, list) else tuple(parts)
+    return int(value) if not isinstance(value, bool) and isinstance(value, Integral) else value
 
 
 def check(file: str, values: Mapping[str, Any], kinds: Mapping[str, Kind], required: Collection[str] = ()) -> None:
