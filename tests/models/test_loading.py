@@ -242,9 +242,13 @@ def test_image_size_is_checked(tmp_path: Path) -> None:
     save(CASES["vit"], tmp_path)
     assert ViT.from_pretrained(tmp_path, image_size=64).image_size == (64, 64)
     assert ViT.from_pretrained(tmp_path, image_size=(16, 64)).image_size == (16, 64)
+    for size in np.int64(64), (np.int32(64), 64), [64, np.uint8(64)]:
+        found = ViT.from_pretrained(tmp_path, image_size=size).image_size
+        assert found == (64, 64)
+        assert all(type(side) is int for side in found)
     with pytest.raises(ValueError, match="multiples of the patch size 8, got 30 x 30"):
         ViT.from_pretrained(tmp_path, image_size=30)
-    for size in ("224", (32,), 32.0, True, 0, -32, (32, "32"), torch.tensor(32)):
+    for size in ("224", (32,), 32.0, True, 0, -32, (32, "32"), [32], torch.tensor(32), np.True_, np.float32(32)):
         message = refusal(tmp_path, image_size=size)
         assert message.startswith("image_size: expected a whole number from 1 to 65536, or [height, width] of such, ")
         assert message.endswith(f"but it is {shown(size)}")

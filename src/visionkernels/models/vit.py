@@ -18,7 +18,7 @@ from visionkernels.models.config import ViTConfig
 from visionkernels.models.files import DTYPES, check_support, normalisation, open_checkpoint, stored_dtype
 from visionkernels.models.graphs import GraphPool, operators_are_traced
 from visionkernels.models.heads import Heads
-from visionkernels.models.kinds import SIZE, check_value, one_or_two
+from visionkernels.models.kinds import SIZE, check_value, one_or_two, plain
 from visionkernels.models.modules import Affine, Layers, Options, relative_position_bias_table
 from visionkernels.models.output import ViTOutput
 from visionkernels.models.positions import Positions
@@ -176,7 +176,7 @@ class ViT(nn.Module):
 
     @image_size.setter
     def image_size(self, size: int | tuple[int, int] | None) -> None:
-        pair = None
+        pair, size = None, plain(size)
         if size is not None:
             check_value("image_size", size, one_or_two(SIZE))
             pair = (size, size) if isinstance(size, int) else (size[0], size[1])
