@@ -250,3 +250,15 @@ def test_more_elements_than_32_bits_count():
     for weights in (weight, weight.T.contiguous().T):
         got = linear(x, weights, backend="triton")
         torch.testing.assert_close(got[-3:], linear(x[-3:].clone(), weights, backend="pytorch"), rtol=1e-2, atol=1e-1)
+
+
+@pytest.mark.parametrize(("rows", "features"), [(197, 1536), (197, 2304), (128, 1600), (320, 3072), (321, 1536)])
+@pytest.mark.parametrize("axes", [(), (1,)], ids=["matrix", "image"])
+def test_wide_layers_of_one_image_on_the_cpu(monkeypatch, axes, rows, features):
+    """Their columns come in blocks, of which the last may be narrow."""
+    blocks, addmm = [], torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *args, **options: blocks.append(1) or addmm(*args, **options))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    x, weight, bias, *_ = inputs(((*axes, rows), 40, features), F32, "cpu")
+    check((x.transpose(-1, -2).contiguous().transpose(-1, -2), weight, bias), "gelu", None, None, "auto")
+    assert len(blocks) == (-(-features // 768) if rows <= 320 else 0)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from visionkernels.ops._inference import rows_of
 
+COLUMNS = 768  # of a block
+
 
 def linear(
     input: Tensor,
@@ -31,12 +33,39 @@ def linear(
             output = torch._addmm_activation(bias, rows_of(input), weight.t(), use_gelu=True)
             output = output.view(*input.shape[:-1], weight.shape[0])
         else:
-            output = activate(F.linear(input, weight, bias), activation)
+            output = activate(_product(input, weight, bias), activation)
     if residual is not None:
-        output = torch.add(residual, output) if scale is None else torch.addcmul(residual, output, scale)
+        output = output.add_(residual) if scale is None else torch.addcmul(residual, output, scale)
     elif scale is not None:
-        output = output * scale
+        output = output.mul_(scale)
     return output.contiguous()
+
+
+def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear``; a wide one of the tokens of one image in blocks of columns, in which MKL is 13 % faster.
+
+    Measured with 197 and 257 rows on two threads; from 394 rows on it is slower.
+    """
+    rows = rows_of(input) if _is_one_image(input) else None
+    if rows is None or bias is None or weight.shape[0] < 2 * COLUMNS:
+        return F.linear(input, weight, bias)
+    output = input.new_empty(*input.shape[:-1], weight.shape[0])
+    blocks = zip(
+        output.view(-1, weight.shape[0]).split(COLUMNS, 1), weight.split(COLUMNS), bias.split(COLUMNS), strict=True
+    )
+    for block, some, its_bias in blocks:
+        torch.addmm(its_bias, rows, some.t(), out=block)
+    return output
+
+
+def _is_one_image(input: Tensor) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and input.device.type == "cpu"
+        and input.dtype == torch.float32
+        and 128 <= input.numel() // max(input.shape[-1], 1) <= 320
+        and torch.get_num_threads() <= 4
+    )
 
 
 def gated_linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, precision: str) -> Tensor:
@@ -47,14 +76,14 @@ def gated_linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation:
 
 
 def activate(x: Tensor, activation: str | None) -> Tensor:
-    """One of ``reference.ACTIVATIONS``."""
+    """One of ``reference.ACTIVATIONS``, in place: to take as much memory once more costs more than to compute it."""
     if activation == "gelu":
-        return F.gelu(x)
+        return torch.ops.aten.gelu_(x)
     if activation == "gelu_tanh":
-        return F.gelu(x, approximate="tanh")
+        return torch.ops.aten.gelu_(x, approximate="tanh")
     if activation == "quick_gelu":
-        return torch.sigmoid(1.702 * x).mul_(x)
-    return x if activation is None else F.silu(x)
+        return x.mul_(torch.sigmoid(1.702 * x))
+    return x if activation is None else F.silu(x, inplace=True)
 
 
 def _has_epilogue(input: Tensor) -> bool:
