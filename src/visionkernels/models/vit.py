@@ -21,6 +21,7 @@ from visionkernels.models.heads import Heads
 from visionkernels.models.kinds import SIZE, check_value, one_or_two, plain
 from visionkernels.models.modules import Affine, Layers, Options, relative_position_bias_table
 from visionkernels.models.output import ViTOutput
+from visionkernels.models.pixels import check_pixels, check_size
 from visionkernels.models.positions import Positions
 from visionkernels.models.weights import load, match, settle
 from visionkernels.ops import _inference
@@ -180,7 +181,7 @@ class ViT(nn.Module):
         if size is not None:
             check_value("image_size", size, one_or_two(SIZE))
             pair = (size, size) if isinstance(size, int) else (size[0], size[1])
-            self._check_size(*pair, "image_size")
+            check_size(*pair, self.config, "image_size")
             patch = self.config.patch_size
             self._positions_of((pair[0] // patch, pair[1] // patch))
         self._image_size = pair
@@ -218,7 +219,7 @@ class ViT(nn.Module):
         if not self.cuda_graphs or not GraphPool.applies(pixel_values):
             if not operators_are_traced():
                 self._is_unchanged()
-            self._check_pixels(pixel_values)
+            self._check(pixel_values)
             return self._encode(pixel_values, output_hidden_states)
         is_uint8 = pixel_values.dtype == torch.uint8
         dtype = torch.uint8 if is_uint8 else self.dtype  # the copy into the graph's input converts
@@ -229,7 +230,7 @@ class ViT(nn.Module):
             output = self._graphs.replay(pixel_values, dtype, options, self._is_unchanged)
             if output is not None:
                 return output
-        self._check_pixels(pixel_values)
+        self._check(pixel_values)
         if self._snapshot is None or self._snapshot.hooked:
             return self._encode(pixel_values, output_hidden_states)
         place = self._positions_of(self._grid_of(pixel_values))
@@ -290,32 +291,9 @@ class ViT(nn.Module):
         limit = sum(buffer.numel() for buffer in self.buffers()) // _BIAS_SHARE
         return positions.build(self.config, tokens, [t for t in tables if isinstance(t, Tensor)], grid, limit)
 
-    def _check_pixels(self, pixel_values: Tensor) -> None:
-        if not isinstance(pixel_values, Tensor):
-            raise TypeError(f"pixel_values must be a tensor [B, 3, H, W], got {type(pixel_values).__name__}")
-        if pixel_values.dim() != 4 or pixel_values.shape[1] != 3:
-            raise ValueError(f"pixel_values must be [B, 3, H, W], got {list(pixel_values.shape)}")
-        if pixel_values.device != self.device:
-            raise ValueError(
-                f"pixel_values must be on {self.device} like the model, got {pixel_values.device}; move one with .to()"
-            )
-        self._check_size(pixel_values.shape[2], pixel_values.shape[3], "pixel_values")
-        if pixel_values.dtype == torch.uint8 and (self.pixel_mean is None or self.pixel_std is None):
-            raise ValueError(
-                "pixel_values must be floating numbers: uint8 pictures are normalised by the mean and deviation of a "
-                "preprocessor_config.json, and this model lacks one; set pixel_mean and pixel_std"
-            )
-        if pixel_values.dtype != torch.uint8 and not pixel_values.is_floating_point():
-            raise TypeError(f"pixel_values must be floating numbers or uint8, got {pixel_values.dtype}")
-
-    def _check_size(self, height: int, width: int, name: str) -> None:
-        patch = self.config.patch_size
-        whole = height and width and not height % patch and not width % patch
-        if not whole and (height, width) != self.config.image_size:  # of that upstream leaves out what remains
-            raise ValueError(
-                f"{name} must have a height and a width that are multiples of the patch size {patch}, "
-                f"got {height} x {width}"
-            )
+    def _check(self, pixel_values: Tensor) -> None:
+        normalises = self.pixel_mean is not None and self.pixel_std is not None
+        check_pixels(pixel_values, self.config, self.device, normalises)
 
     def _is_unchanged(self) -> bool:
         """Whether graphs may be replayed; what was made from other weights is dropped."""
