@@ -77,6 +77,7 @@ def build(task: tuple[str, str, bool, str, str]) -> tuple[str, str, str, float]:
     name, way, quick, device, path = task
     import torch
 
+    from visionkernels._checkpoint import one_line
     from visionkernels.errors import UserError
     from visionkernels.export import aoti, command
 
@@ -90,7 +91,7 @@ def build(task: tuple[str, str, bool, str, str]) -> tuple[str, str, str, float]:
             else:
                 aoti.export(module, inputs, path, keep_operators=way == "kept")
     except (UserError, RuntimeError) as error:  # a reason, too
-        return name, way, " ".join(str(error).split())[:300], 0.0
+        return name, way, one_line(error), 0.0
     return name, way, "", time.perf_counter() - start
 
 

@@ -15,6 +15,7 @@ from visionkernels._devices import find_device
 from visionkernels._images import read_image
 from visionkernels.errors import UserError
 from visionkernels.models import ViT, ViTOutput
+from visionkernels.models.pixels import fits
 
 if TYPE_CHECKING:
     import numpy as np
@@ -216,8 +217,7 @@ def _pixels(vit: ViT, processor: Any, picture: Image.Image, options: dict[str, A
     except (ValueError, TypeError) as error:  # of settings that do not fit together
         raise UserError(f"model: the image processor of {vit.name} fails: {one_line(error)}") from error
     height, width = pixels.shape[1:]
-    whole = not height % vit.config.patch_size and not width % vit.config.patch_size
-    if not whole and (height, width) != vit.config.image_size:
+    if not fits(height, width, vit.config):
         raise UserError(
             f"model: the image processor of {vit.name} makes a picture of {height} x {width} pixels, which are no "
             f"multiples of the patch size {vit.config.patch_size}; mend the sizes in its preprocessor_config.json"

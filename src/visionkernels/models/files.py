@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from visionkernels._checkpoint import one_line
 from visionkernels.errors import UserError
 from visionkernels.models.kinds import FILES, OBJECT, PREPROCESSOR, check, check_value
 
@@ -50,8 +51,8 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     """
     if importlib.util.find_spec("safetensors") is None:
         raise UserError("model: reading a checkpoint needs safetensors: pip install 'visionkernels[hf]'")
-    find, config = _finder(model), read_settings(model)
-    return Checkpoint(str(model), config, _preprocessor(find, model), _tensor_files(find, model))
+    find = _finder(model)
+    return Checkpoint(str(model), _config(find, model), _preprocessor(find, model), _tensor_files(find, model))
 
 
 def read_settings(model: str | Path) -> Mapping[str, Any]:
@@ -63,7 +64,11 @@ def read_settings(model: str | Path) -> Mapping[str, Any]:
     Raises:
         UserError: If it is neither, or has no config.json that can be read.
     """
-    config = _finder(model)("config.json")
+    return _config(_finder(model), model)
+
+
+def _config(find: Callable[[str], Path | None], model: str | Path) -> Mapping[str, Any]:
+    config = find("config.json")
     if config is None:
         raise UserError(f"model: {model} is no checkpoint: there is no config.json in it")
     return _read_json(config, model)
@@ -113,7 +118,7 @@ def _download(model: str, name: str) -> Path | None:
     except EntryNotFoundError:
         return None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise UserError(f"model: {model} is neither a directory nor a model that the hub gave out: {reason}") from error
 
 
@@ -155,7 +160,7 @@ def reading(model: str | Path, path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError) as error:
-        raise UserError(f"model: {path.name} in {model} cannot be read: {' '.join(str(error).split())}") from error
+        raise UserError(f"model: {path.name} in {model} cannot be read: {one_line(error)}") from error
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

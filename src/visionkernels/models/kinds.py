@@ -31,17 +31,18 @@ def number(low: float, high: float) -> Kind:
 
 def one_or_three(kind: Kind) -> Kind:
     """One of a kind, or three: one a channel."""
-    return Kind(
-        f"{kind.words}, or a list of three of such",
-        lambda value: kind.fits(value) or (_is_list(value) and len(value) == 3 and all(map(kind.fits, value))),
-    )
+    return _one_or(kind, 3, "a list of three")
 
 
 def one_or_two(kind: Kind) -> Kind:
     """One of a kind, or two: height and width."""
+    return _one_or(kind, 2, "[height, width]")
+
+
+def _one_or(kind: Kind, count: int, several: str) -> Kind:
     return Kind(
-        f"{kind.words}, or [height, width] of such",
-        lambda value: kind.fits(value) or (_is_list(value) and len(value) == 2 and all(map(kind.fits, value))),
+        f"{kind.words}, or {several} of such",
+        lambda value: kind.fits(value) or (_is_list(value) and len(value) == count and all(map(kind.fits, value))),
     )
 
 

@@ -39,8 +39,14 @@ def check_pixels(pixel_values: Tensor, config: ViTConfig, device: torch.device, 
         raise TypeError(f"pixel_values must be floating numbers or uint8, got {pixel_values.dtype}")
 
 
+def fits(height: int, width: int, config: ViTConfig) -> bool:
+    """Whether the patch divides both sides, or the size is the checkpoint's own: upstream leaves out its rest."""
+    whole = bool(height and width) and not height % config.patch_size and not width % config.patch_size
+    return whole or (height, width) == config.image_size
+
+
 def check_size(height: int, width: int, config: ViTConfig, name: str) -> None:
-    """Refuse sides that the patch does not divide, but for the checkpoint's own: of that upstream leaves out the rest.
+    """Refuse a size that does not fit.
 
     Args:
         height: Of the pictures.
@@ -48,10 +54,8 @@ def check_size(height: int, width: int, config: ViTConfig, name: str) -> None:
         config: The model's shape.
         name: The argument's name.
     """
-    patch = config.patch_size
-    whole = height and width and not height % patch and not width % patch
-    if not whole and (height, width) != config.image_size:
+    if not fits(height, width, config):
         raise ValueError(
-            f"{name} must have a height and a width that are multiples of the patch size {patch}, "
+            f"{name} must have a height and a width that are multiples of the patch size {config.patch_size}, "
             f"got {height} x {width}"
         )

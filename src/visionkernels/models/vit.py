@@ -247,10 +247,10 @@ class ViT(nn.Module):
                 return self._encode(pixel_values, output_hidden_states, place)
         config = self.config
         options = Options(config.layer_norm_eps, config.activation, self.precision, self.backend)
-        place = place or self._positions_of(self._grid_of(pixel_values))
-        rows, columns, patch = *self._grid_of(pixel_values), config.patch_size
+        grid, patch = self._grid_of(pixel_values), config.patch_size
+        place = place or self._positions_of(grid)
         if any(side % patch for side in config.image_size):  # SigLIP has such checkpoints; the rest is not looked at
-            pixel_values = pixel_values[:, :, : rows * patch, : columns * patch]
+            pixel_values = pixel_values[:, :, : grid[0] * patch, : grid[1] * patch]
         normalised = pixel_values.dtype != torch.uint8
         x = patch_embedding(
             pixel_values,

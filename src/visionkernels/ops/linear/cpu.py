@@ -46,15 +46,12 @@ def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     Measured with 197 and 257 rows on two threads; from 394 rows on it is slower.
     """
-    rows = rows_of(input) if _is_one_image(input) else None
-    if rows is None or bias is None or weight.shape[0] < 2 * COLUMNS:
+    if bias is None or not _is_one_image(input) or weight.shape[0] < 2 * COLUMNS:
         return F.linear(input, weight, bias)
-    output = input.new_empty(*input.shape[:-1], weight.shape[0])
-    blocks = zip(
-        output.view(-1, weight.shape[0]).split(COLUMNS, 1), weight.split(COLUMNS), bias.split(COLUMNS), strict=True
-    )
-    for block, some, its_bias in blocks:
-        torch.addmm(its_bias, rows, some.t(), out=block)
+    rows, output = rows_of(input), input.new_empty(*input.shape[:-1], weight.shape[0])
+    blocks = output.view(-1, weight.shape[0]).split(COLUMNS, 1)
+    for block, its_weight, its_bias in zip(blocks, weight.split(COLUMNS), bias.split(COLUMNS), strict=True):
+        torch.addmm(its_bias, rows, its_weight.t(), out=block)
     return output
 
 

@@ -93,25 +93,25 @@ def _launch(
 ) -> None:
     if output.numel() == 0:
         return
-    columns = rows_of(output)
+    device, columns = device_of(input.device), rows_of(output)
     rows, weight = rows_of(input), rows_of(weight)
     residual = None if residual is None else rows_of(residual)
     bias, scale = (t if t is None else t.contiguous() for t in (bias, scale))
     if tile is None:
         matrices = [columns, rows, weight] if residual is None else [columns, rows, weight, residual]
         tile = tile_of(
-            rows.shape[0], columns.shape[1], device_of(input.device),
+            rows.shape[0], columns.shape[1], device,
             kind=kind(input, precision), gated=gated, tma=all(map(tma_reads, matrices)), residual=residual is not None,
         )  # fmt: skip
     (num_rows, num_columns), num_inner = columns.shape, rows.shape[1]
     block_k = _block_k(tile, rows)
     tiles = cdiv(num_rows, tile.block_m) * cdiv(num_columns, tile.block_n)
     half, rest = rows.element_size() == 2, (num_rows, num_columns, num_inner, activation, gated, precision)
-    short = short_gelu(device_of(rows.device)) if half else None
+    short = short_gelu(device) if half else None
     blocks = (tile.block_m, tile.block_n, block_k, tile.group_m)
     arguments: tuple[Any, ...]
     if tile.tma:
-        kernel, programs = kernels._linear_tma_kernel, device_of(rows.device).multiprocessors * tile.programs
+        kernel, programs = kernels._linear_tma_kernel, device.multiprocessors * tile.programs
         block = [tile.block_m, tile.block_n // tile.parts]
         arguments = (
             descriptor(columns, block), descriptor(rows, [tile.block_m, block_k]),
@@ -144,9 +144,14 @@ def tma_reads(matrix: Tensor) -> bool:
     """Whether TMA can read and write ``matrix``, ``[M, N]`` with a contiguous last axis, where it lies."""
     size = matrix.element_size()
     aligned = matrix.data_ptr() % ALIGNMENT == 0 and matrix.stride(0) * size % ALIGNMENT == 0
-    aligned = aligned and matrix.stride(1) == 1  # a single column may have another
-    # A stride of 0 is one that TMA cannot step by, and of a matrix without elements nothing is read.
-    return aligned and matrix.stride(0) > 0 and matrix.numel() > 0 and max(matrix.shape) <= MAX_INT32
+    # A single column may have any stride; one of 0 TMA cannot step by; of a matrix without elements nothing is read.
+    return (
+        aligned
+        and matrix.stride(1) == 1
+        and matrix.stride(0) > 0
+        and matrix.numel() > 0
+        and max(matrix.shape) <= MAX_INT32
+    )
 
 
 _TYPES = {
