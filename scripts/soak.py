@@ -22,9 +22,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from visionkernels._devices import find_device
 from visionkernels._doctor_check import DTYPES, Call, Workload, calls, largest_error
 from visionkernels.bench.correctness import limit
-from visionkernels.detection import find_device
 from visionkernels.errors import UserError
 
 REPETITIONS = 20

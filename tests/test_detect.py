@@ -11,8 +11,9 @@ from PIL import Image
 from tiny_detectors import save_classifier, save_headless_rt_detr, save_rt_detr, save_yolos
 
 import visionkernels as vk
+from visionkernels._devices import find_device
 from visionkernels._images import draw_boxes, read_image
-from visionkernels.detection import SAMPLE_IMAGE, SHIPPED_MODEL, Detector, find_device
+from visionkernels.detection import SAMPLE_IMAGE, SHIPPED_MODEL, Detector
 from visionkernels.errors import UserError
 from visionkernels.synthetic import CLASSES, HELD_OUT_SEED, draw_sample, make_dataset
 from visionkernels.synthetic.score import average_precision

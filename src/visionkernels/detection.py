@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from visionkernels._checkpoint import load_checkpoint, require
-from visionkernels._devices import describe as describe
-from visionkernels._devices import find_device as find_device
+from visionkernels._devices import describe, find_device
 from visionkernels._images import read_image
 from visionkernels.errors import UserError
 

@@ -12,13 +12,13 @@ from typing import Any, NoReturn
 
 import torch
 
+from visionkernels._devices import find_device
 from visionkernels.bench import correctness, modules, terminal, timing, vit_models, vit_operators, vit_subject
 from visionkernels.bench.cases import SUITES, AnyCase, default_cases, draw
 from visionkernels.bench.environment import environment
 from visionkernels.bench.measure import DTYPES, DeviceLost, measure
 from visionkernels.bench.providers import PROVIDERS, Candidate
 from visionkernels.bench.record import Record, Row, check_directory, load, save
-from visionkernels.detection import find_device
 from visionkernels.errors import UserError
 
 _SLOW_DTYPES = ("fp16", "fp32")  # of the peers that are slow to start

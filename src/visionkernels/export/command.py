@@ -64,7 +64,7 @@ def run(options: Options) -> int:
 
 def find_subject(options: Options) -> Subject:
     """The model that the command names: a sample of this package's own, or a checkpoint of a ViT or of a detector."""
-    from visionkernels.detection import find_device
+    from visionkernels._devices import find_device
     from visionkernels.export import _samples, _subject, _vit
     from visionkernels.models import families
     from visionkernels.models.files import read_settings
