@@ -82,8 +82,17 @@ def load(path: str | Path) -> Any:
     Args:
         path: a file that `export` wrote.
 
+    Returns:
+        The function. It takes a tensor for each input, by name, of the shapes and dtypes that the package was made for
+        and on its device, and gives the outputs in their order.
+
     Raises:
         UserError: the file is no package for this machine.
+
+    Source: `torch._inductor.aoti_load_package`.
+
+    Example:
+        >>> logits, boxes = load("detector.pt2")({"pixel_values": torch.rand(1, 3, 256, 256)})  # doctest: +SKIP
     """
     try:
         package = torch._inductor.aoti_load_package(str(path))

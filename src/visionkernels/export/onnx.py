@@ -107,7 +107,18 @@ def run(
 
 
 def load(path: str | Path, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Any:
-    """A function from inputs to outputs that runs a file in onnxruntime; arguments as those of `run`."""
+    """A function from inputs to outputs that runs a file in onnxruntime; arguments as those of `run`.
+
+    Returns:
+        The function. It takes a tensor for each input, by name, of the shapes and dtypes that the file was made for,
+        gives the outputs in their order, on the CPU, and raises a RuntimeError with what onnxruntime says.
+
+    Raises:
+        UserError: onnxruntime is missing, or cannot load the file.
+
+    Example:
+        >>> logits, boxes = load("detector.onnx")({"pixel_values": torch.rand(1, 3, 256, 256)})  # doctest: +SKIP
+    """
     require("onnxruntime")
     import onnxruntime
     from onnxruntime.capi.onnxruntime_pybind11_state import (

@@ -168,7 +168,7 @@ def build(
 
 
 def load(engine_path: str | Path) -> Engine:
-    """Load an engine that `build` wrote, on the current GPU.
+    """Load an engine that `build` wrote at `engine_path`, on the current GPU; what comes back is called as in `run`.
 
     Raises:
         UserError: TensorRT is missing, or the engine is of another version or GPU.
