@@ -25,6 +25,7 @@ sys.path[:0] = [str(ROOT / "tests")]
 
 LIMIT = 600  # seconds that a cell may take
 JSON, TABLE = ROOT / "docs" / "export.json", ROOT / "docs" / "export.md"
+TIMES = ROOT / "docs" / "export-timing.json"  # of scripts/export_timing.py, on a GPU
 
 # column: format of the command, sizes that stay open
 COLUMNS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -177,8 +178,38 @@ def table(results: dict[str, Any]) -> str:
                     reasons.append(cell["reason"])
                 shown.append(f"🔴 {reasons.index(cell['reason']) + 1}")
         lines.append(f"| {row} | " + " | ".join(shown) + " |")
-    lines += ["", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))]
-    return "\n".join(lines).rstrip() + "\n"
+    lines += ["", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1)), ""]
+    return "\n".join([*lines, *times(json.loads(TIMES.read_text()))]).rstrip() + "\n"
+
+
+def times(found: dict[str, Any]) -> list[str]:
+    """The section about the time of AOTInductor packages."""
+    environment = found["environment"]
+    names = ", ".join(f"{name} {environment['versions'][name]}" for name in ("torch", "triton", "transformers"))
+    ways = {"eager": "PyTorch", "compile": "`torch.compile`", "package": "package", "kept": "it, `--keep-operators`"}
+    lines = [
+        "## Time on a GPU",
+        "",
+        f"Milliseconds of a call on one {environment['device']}, the host's part with it, {environment['date'][:10]};",
+        f"{names}.",
+        "In brackets how far the first output is from PyTorch's. Written by `python scripts/export_timing.py`.",
+        "All ways run this package's kernels but `vk.ViT`'s package, which holds PyTorch's operators. `vk.ViT` replays",
+        "a CUDA graph of its own; the other ways launch one kernel after another, as fast as the host can. A package",
+        "can be captured in a CUDA graph, too. Convolutions do not use TF32.",
+        "",
+        "| | " + " | ".join(ways.values()) + " |",
+        "|---" * (len(ways) + 1) + "|",
+    ]
+    for row, cells in found["rows"].items():
+        shown = [_time(cells[way]) for way in ways]
+        lines.append(f"| {row} | " + " | ".join(shown) + " |")
+    return lines
+
+
+def _time(cell: dict[str, Any]) -> str:
+    if "reason" in cell:
+        return cell["reason"]
+    return f"{cell['milliseconds']:.3g}" + (f" ({cell['error']:.0e})" if cell["error"] else "")
 
 
 def fill(again: list[str], only: Callable[[str, str], bool]) -> None:

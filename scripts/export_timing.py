@@ -68,6 +68,7 @@ def make(name: str, quick: bool, device: str) -> Any:
     import torch
 
     torch.manual_seed(0)
+    torch.backends.cudnn.allow_tf32 = False  # its rounding puts a detector's queries in another order
     subject = subjects(quick)[name]().to(torch.device(device))
     return subject.module, subject.inputs
 

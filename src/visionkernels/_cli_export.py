@@ -66,7 +66,7 @@ def add_job(subparsers: "argparse._SubParsersAction[Any]") -> None:
     job.add_argument(
         "--keep-operators",
         action="store_true",
-        help="leave this package's operators in an AOTInductor package: who loads it must import visionkernels",
+        help="have an AOTInductor package call this package's operators: who loads it must import visionkernels",
     )
     job.add_argument(
         "--check", action="store_true", help="run the artefact beside PyTorch, on random inputs and the sample picture"

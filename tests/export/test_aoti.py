@@ -1,9 +1,9 @@
 """AOTInductor packages, in this process and in a fresh one; the default kind is in test_deploy.py."""
 
-import dataclasses
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -15,7 +15,8 @@ from visionkernels.export import _samples, aoti, check
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
 LOAD = """
-import sys, torch
+import ctypes, sys, torch
+ctypes.CDLL("libstdc++.so.6", mode=ctypes.RTLD_GLOBAL)
 if sys.argv[2]: import visionkernels
 inputs = torch.load(sys.argv[1] + "/inputs.pt")
 torch.save(torch._inductor.aoti_load_package(sys.argv[1] + "/model.pt2")(inputs=inputs), sys.argv[1] + "/output.pt")
@@ -45,17 +46,34 @@ def test_a_package_with_the_operators_needs_one_import(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("keep", [False, True], ids=["lowered", "operators kept"])
-@pytest.mark.parametrize("make", [_samples.ms_deform_attn, _samples.msdeformattn], ids=["op", "module"])
-def test_on_the_gpu(tmp_path, make, keep):
-    subject = make()
-    inputs = {name: tensor.cuda() for name, tensor in subject.inputs.items()}
-    subject = dataclasses.replace(subject, module=subject.module.cuda(), inputs=inputs)
-    labels = ("batch", "queries")
+@pytest.mark.parametrize("name", ["ms_deform_attn", "fused_ms_deform_attn", "MSDeformAttn"])
+def test_a_package_for_the_gpu_has_the_kernel_inside(tmp_path, name):
+    subject, labels = _samples.SAMPLES[name]().to(torch.device("cuda")), ("batch", "queries", "height_0", "width_1")
     path = tmp_path / "model.pt2"
-    aoti.export(subject.module, subject.inputs, path, dynamic=subject.axes(labels), keep_operators=keep)
+    aoti.export(subject.module, subject.inputs, path, dynamic=subject.axes(labels))
     found = check.compare(subject, aoti.load(path), labels)
     assert all(one.ok for one in found), found
+    assert has_kernel(path)
+    torch.save(subject.inputs, tmp_path / "inputs.pt")
+    load = LOAD + "\nassert 'visionkernels' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", load, str(tmp_path), ""], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(torch.load(tmp_path / "output.pt"), subject.module(**subject.inputs))
+
+
+@pytest.mark.gpu
+def test_a_package_for_the_gpu_with_the_operators(tmp_path):
+    subject, labels = _samples.msdeformattn().to(torch.device("cuda")).half(), ("batch", "queries")
+    path = tmp_path / "model.pt2"
+    aoti.export(subject.module, subject.inputs, path, dynamic=subject.axes(labels), keep_operators=True)
+    found = check.compare(subject, aoti.load(path), labels)
+    assert all(one.ok for one in found), found
+    assert not has_kernel(path)
+
+
+def has_kernel(path):
+    with zipfile.ZipFile(path) as package:
+        return any(b"_forward_warp_kernel" in package.read(name) for name in package.namelist())
 
 
 def test_a_package_must_end_in_pt2(tmp_path):

@@ -48,7 +48,7 @@ class Tracing(TorchFunctionMode):
             with self if ours else nullcontext():  # what an operator is made of may need another form, too
                 return self._lowered[func](*args, **kwargs)
         if func in (torch.tensor, torch.as_tensor) and args and _holds_symbol(args[0]):
-            return _tensor_of(args[0], kwargs.get("dtype") or torch.int64, kwargs.get("device"))
+            return tensor_of(args[0], kwargs.get("dtype") or torch.int64, kwargs.get("device"))
         if func is torch.linspace and _holds_symbol([*args, *kwargs.values()]):
             return _linspace(*args, **kwargs)
         if func is torch.take_along_dim:
@@ -108,9 +108,10 @@ def _holds_symbol(data: Any) -> bool:
     return isinstance(data, _SYMBOLS)
 
 
-def _tensor_of(data: Any, dtype: torch.dtype, device: Any) -> Tensor:
+def tensor_of(data: Any, dtype: torch.dtype, device: Any) -> Tensor:
+    """A tensor of numbers and symbols, made on the device and not copied to it."""
     if isinstance(data, (list, tuple)):
-        return torch.stack([_tensor_of(item, dtype, device) for item in data])
+        return torch.stack([tensor_of(item, dtype, device) for item in data])
     return torch.full((), data, dtype=dtype, device=device)
 
 

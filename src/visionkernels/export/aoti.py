@@ -1,14 +1,19 @@
 """AOTInductor: a `.pt2` package of compiled code, for Python and for C++ without Python.
 
-A package holds the code for one kind of device. With the operators lowered to PyTorch's own, which is the default, it
-needs nothing of this package where it runs. With `keep_operators` it calls this package's operators: on a GPU Triton
-kernels, which the process that loads it must have registered by `import visionkernels`.
+A package holds the code for one kind of device, and needs nothing of this package where it runs. For an NVIDIA GPU it
+has the Triton kernel of deformable attention in it, compiled; other operators, and all on a CPU, are PyTorch's. With
+`keep_operators` it calls this package's operators, which the process that loads it must have registered by
+`import visionkernels`.
 """
 
 from __future__ import annotations
 
+import ctypes
+import logging
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +22,7 @@ from torch import Tensor, nn
 
 from visionkernels._checkpoint import one_line
 from visionkernels.errors import UserError
-from visionkernels.export import _standard, _trace
+from visionkernels.export import _kernels, _trace
 from visionkernels.export.onnx import Exported
 
 
@@ -42,8 +47,8 @@ def export(
         dynamic: the sizes that stay open: input name, axis, and a name for the size.
         outputs: a name for each output, for the report: a package returns them in their order; of a `ViT`, by default
             those of `ViTOutput` that its checkpoint gives.
-        keep_operators: leave this package's operators in the package instead of lowering them: faster, and whoever
-            loads it must `import visionkernels` first. A C++ program cannot.
+        keep_operators: call this package's operators instead: whoever loads it must `import visionkernels` first. A C++
+            program cannot.
 
     Returns:
         What was written.
@@ -58,9 +63,10 @@ def export(
         raise UserError(f"output: an AOTInductor package must end in .pt2, and it is {path}")
     start = time.perf_counter()
     inputs = contiguous(inputs)
-    traced = _trace.trace(model, inputs, dynamic, None if keep_operators else _standard.lowered())
+    traced = _trace.trace(model, inputs, dynamic, None if keep_operators else _kernels.lowered())
     try:
-        torch._inductor.aoti_compile_and_package(traced.program, package_path=str(Path(path).absolute()))
+        with _quiet():
+            torch._inductor.aoti_compile_and_package(traced.program, package_path=str(Path(path).absolute()))
     except Exception as error:
         raise UserError(f"model: AOTInductor cannot compile it: {one_line(error)}") from error
     device = next(iter(inputs.values())).device.type
@@ -69,6 +75,18 @@ def export(
         Path(path), "aoti", len(traced.calls), _trace.shapes(inputs, dynamic), tuple(outputs or traced.outputs or ()),
         time.perf_counter() - start, f"{device} code, {detail}{_trace.limits(traced.program, dynamic)}",
     )  # fmt: skip
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without PyTorch's warning, a page long, that it cannot see which inputs a kernel writes: that is known here."""
+    logger = logging.getLogger("torch._higher_order_ops.triton_kernel_wrap")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def contiguous(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -94,6 +112,10 @@ def load(path: str | Path) -> Any:
     Example:
         >>> logits, boxes = load("detector.pt2")({"pixel_values": torch.rand(1, 3, 256, 256)})  # doctest: +SKIP
     """
+    if sys.platform == "linux":
+        # PyTorch's libraries bring parts of an older C++ library along. A package that is linked with those in place of
+        # the system's crashes in `std::regex`; what is loaded like this comes first.
+        ctypes.CDLL("libstdc++.so.6", mode=ctypes.RTLD_GLOBAL)
     try:
         package = torch._inductor.aoti_load_package(str(path))
     except (RuntimeError, OSError) as error:
