@@ -186,29 +186,30 @@ def times(found: dict[str, Any]) -> list[str]:
     """The section about the time of AOTInductor packages."""
     environment = found["environment"]
     names = ", ".join(f"{name} {environment['versions'][name]}" for name in ("torch", "triton", "transformers"))
-    ways = {"eager": "PyTorch", "compile": "`torch.compile`", "package": "package", "kept": "it, `--keep-operators`"}
+    ways = {"eager": "PyTorch", "compile": "`torch.compile`", "package": "package", "graph": "it in a CUDA graph",
+            "kept": "package, operators kept"}  # fmt: skip
     lines = [
         "## Time on a GPU",
         "",
         f"Milliseconds of a call on one {environment['device']}, the host's part with it, {environment['date'][:10]};",
         f"{names}.",
-        "In brackets how far the first output is from PyTorch's. Written by `python scripts/export_timing.py`.",
-        "All ways run this package's kernels but `vk.ViT`'s package, which holds PyTorch's operators. `vk.ViT` replays",
-        "a CUDA graph of its own; the other ways launch one kernel after another, as fast as the host can. A package",
-        "can be captured in a CUDA graph, too. Convolutions do not use TF32.",
+        "In brackets how far the first output is from PyTorch's, of its largest entry, where it is not equal.",
+        "Measured by `python scripts/export_timing.py`.",
+        "`vk.ViT` replays a CUDA graph of its own, and its package holds PyTorch's operators; all else runs this",
+        "package's kernels. Convolutions do not use TF32.",
         "",
         "| | " + " | ".join(ways.values()) + " |",
         "|---" * (len(ways) + 1) + "|",
     ]
     for row, cells in found["rows"].items():
-        shown = [_time(cells[way]) for way in ways]
+        shown = [_time(cells[way]) if way in cells else "" for way in ways]
         lines.append(f"| {row} | " + " | ".join(shown) + " |")
     return lines
 
 
 def _time(cell: dict[str, Any]) -> str:
     if "reason" in cell:
-        return cell["reason"]
+        return "failed: [why](export-timing.json)"
     return f"{cell['milliseconds']:.3g}" + (f" ({cell['error']:.0e})" if cell["error"] else "")
 
 

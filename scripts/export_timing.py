@@ -1,7 +1,7 @@
 """Time AOTInductor packages on this machine's GPU, beside the same module run eagerly and by torch.compile.
 
-    python scripts/export_timing.py export-timing.json             a few minutes
-    python scripts/export_timing.py export-timing.json --quick     small modules, on the CPU too
+    python scripts/export_timing.py docs/export-timing.json        a few minutes; then scripts/export_table.py
+    python scripts/export_timing.py /tmp/quick.json --quick        small modules, on the CPU too
 
 Every package is made in a process of its own, several at a time.
 """
@@ -13,11 +13,12 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-WAYS = ("compile", "package", "kept")  # beside eager; `kept`: the package calls this package's operators
+WAYS = ("compile", "package", "kept")  # that are made; `kept`: the package calls this package's operators
 
 
 def subjects(quick: bool) -> dict[str, Any]:
@@ -97,31 +98,54 @@ def build(task: tuple[str, str, bool, str, str]) -> tuple[str, str, str, float]:
 
 
 def measure(name: str, paths: dict[str, str], quick: bool, device: str) -> dict[str, Any]:
-    """Milliseconds of a call for each way, and how far a package is from eager PyTorch."""
+    """Of each way the milliseconds of a call and how far its output is from eager PyTorch's, or why there are none."""
     import torch
 
+    from visionkernels._checkpoint import one_line
     from visionkernels.bench import timing
-    from visionkernels.export import aoti
+    from visionkernels.errors import UserError
 
     effort = timing.QUICK if quick else timing.GPU if device == "cuda" else timing.CPU
     module, inputs = make(name, quick, device)
-    calls = {"eager": lambda: module(**inputs)}
-    compiled = torch.compile(module)
-    calls["compile"] = lambda: compiled(**inputs)
-    for way, path in paths.items():
-        package = aoti.load(path)
-        calls[way] = lambda package=package: package(inputs)
     found: dict[str, Any] = {}
     with torch.inference_mode():
         truth = _first(module(**inputs)).double()
-        for way, call in calls.items():
-            error = ((_first(call()).double() - truth).abs().max() / truth.abs().max()).item()
-            call()
-            found[way] = {
-                "milliseconds": timing.time_latency(call, torch.device(device), effort).median,
-                "error": float(f"{error:.2g}"),
-            }
+        for way, path in paths.items():
+            try:
+                call = _caller(way, path, module, inputs)
+                error = ((_first(call()).double() - truth).abs().max() / truth.abs().max()).item()
+                call()
+                milliseconds = timing.time_latency(call, torch.device(device), effort).median
+                found[way] = {"milliseconds": milliseconds, "error": float(f"{error:.2g}")}
+            except (UserError, RuntimeError) as problem:
+                found[way] = {"reason": one_line(problem)}
     return found
+
+
+def _caller(way: str, path: str, module: Any, inputs: dict[str, Any]) -> Callable[[], Any]:
+    """A function that makes one call."""
+    import torch
+
+    from visionkernels.export import aoti
+
+    if way == "eager":
+        return lambda: module(**inputs)
+    if way == "compile":
+        compiled = torch.compile(module)
+        return lambda: compiled(**inputs)
+    package = aoti.load(path)
+    if way != "graph":
+        return lambda: package(inputs)
+    package(inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = package(inputs)
+
+    def replay() -> Any:
+        graph.replay()
+        return outputs
+
+    return replay
 
 
 def _first(output: Any) -> Any:
@@ -137,7 +161,6 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small modules")
     parser.add_argument("output", type=Path, help="the JSON file to write: milliseconds, and errors beside eager")
     options = parser.parse_args()
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="inductor-"))
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # there are several processes
     import torch
 
@@ -145,6 +168,7 @@ def main() -> int:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
         tasks = [
             (name, way, options.quick, device, f"{folder}/{i}-{way}.pt2")
             for i, name in enumerate(subjects(options.quick))
@@ -160,11 +184,13 @@ def main() -> int:
         rows = {}
         for name in subjects(options.quick):
             failed = reasons.get(name, {})
-            paths = {t[1]: t[4] for t in tasks if t[0] == name and t[1] != "compile" and t[1] not in failed}
+            paths = {"eager": ""} | {t[1]: t[4] for t in tasks if t[0] == name and t[1] not in failed}
+            if "package" in paths and device == "cuda":
+                paths["graph"] = paths["package"]
             rows[name] = measure(name, paths, options.quick, device)
             rows[name] |= {way: {"reason": reason} for way, reason in failed.items()}
             print(name, {way: cell.get("milliseconds") for way, cell in rows[name].items()}, flush=True)
-    facts = asdict(environment(torch.device(device), ("torch", "triton", "visionkernels")))
+    facts = asdict(environment(torch.device(device), ()))
     options.output.write_text(json.dumps({"environment": facts, "rows": rows}, indent=1) + "\n")
     return 0
 

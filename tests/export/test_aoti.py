@@ -1,5 +1,6 @@
 """AOTInductor packages, in this process and in a fresh one; the default kind is in test_deploy.py."""
 
+import logging
 import shutil
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import zipfile
 
 import pytest
 import torch
+from torch._higher_order_ops import triton_kernel_wrap
 
 import visionkernels as vk
 from visionkernels.errors import UserError
@@ -50,15 +52,44 @@ def test_a_package_with_the_operators_needs_one_import(tmp_path):
 def test_a_package_for_the_gpu_has_the_kernel_inside(tmp_path, name):
     subject, labels = _samples.SAMPLES[name]().to(torch.device("cuda")), ("batch", "queries", "height_0", "width_1")
     path = tmp_path / "model.pt2"
-    aoti.export(subject.module, subject.inputs, path, dynamic=subject.axes(labels))
-    found = check.compare(subject, aoti.load(path), labels)
+    report = aoti.export(subject.module, subject.inputs, path, dynamic=subject.axes(labels))
+    assert "the Triton kernel in 1 of 1 layers, needs nothing but PyTorch" in report.detail
+    package = aoti.load(path)
+    found = check.compare(subject, package, labels)
     assert all(one.ok for one in found), found
     assert has_kernel(path)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        (captured,) = package(subject.inputs)
+    graph.replay()
+    torch.testing.assert_close(captured, package(subject.inputs)[0], rtol=0, atol=0)
     torch.save(subject.inputs, tmp_path / "inputs.pt")
     load = LOAD + "\nassert 'visionkernels' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", load, str(tmp_path), ""], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     torch.testing.assert_close(torch.load(tmp_path / "output.pt"), subject.module(**subject.inputs))
+
+
+@pytest.mark.gpu
+def test_what_an_image_may_hold_in_a_package_for_the_gpu(tmp_path):
+    """A value that is more than what was exported, and a little more than offsets of 32 bits reach, gives NaN."""
+
+    class Attention(torch.nn.Module):
+        def forward(self, value, shapes, locations, weights):
+            return vk.ms_deform_attn(value, shapes, None, locations, weights)
+
+    def inputs(width):
+        value = torch.ones(1, 2 * width, 8, 32, dtype=torch.float16, device="cuda")
+        shapes = torch.tensor([[2, width]], device="cuda")
+        return {"value": value, "shapes": shapes, "locations": locations, "weights": weights}
+
+    locations, weights = (torch.full((1, 2, 8, 1, 4, *last), 0.5, device="cuda") for last in ((2,), ()))
+    path = tmp_path / "model.pt2"
+    aoti.export(Attention().cuda(), inputs(8), path, dynamic={"value": {1: "pixels"}})
+    package = aoti.load(path)
+    limit = 2**31 // (8 * 32 * 2) // 2  # of the width
+    assert torch.equal(package(inputs(limit - 1))[0], torch.full((1, 2, 256), 2.0, device="cuda").half())
+    assert package(inputs(limit))[0].isnan().all()
 
 
 @pytest.mark.gpu
@@ -74,6 +105,22 @@ def test_a_package_for_the_gpu_with_the_operators(tmp_path):
 def has_kernel(path):
     with zipfile.ZipFile(path) as package:
         return any(b"_forward_warp_kernel" in package.read(name) for name in package.namelist())
+
+
+def test_inputs_are_aligned():
+    tensor = torch.arange(9.0)[1:]
+    inputs = aoti.contiguous({"x": tensor})
+    assert inputs["x"].data_ptr() % aoti.ALIGNMENT == 0
+    assert torch.equal(inputs["x"], tensor)
+
+
+def test_the_warning_about_inputs_that_are_written_is_not_shown(caplog):
+    logger = logging.getLogger(triton_kernel_wrap.log.name)  # PyTorch's, which says it
+    with aoti._quiet():
+        logger.warning("Encountered an exception in identify_accessed_tensors, assuming every input is mutated")
+        logger.warning("something else")
+    logger.warning("assuming every input is mutated")
+    assert caplog.messages == ["something else", "assuming every input is mutated"]
 
 
 def test_a_package_must_end_in_pt2(tmp_path):

@@ -15,7 +15,7 @@ pytest.importorskip("onnxscript")
 import onnx as onnx_format
 
 from visionkernels.errors import UserError
-from visionkernels.export import _plugin, _plugin_rules, _samples, check, tensorrt
+from visionkernels.export import _engine, _plugin, _plugin_rules, _samples, check, tensorrt
 from visionkernels.ops.deformable_attention.reference import reference_ms_deform_attn
 
 SUBJECTS = {
@@ -248,13 +248,13 @@ def test_profiles_of_open_sizes():
             index
         ],
     )
-    tensorrt._add_profile(recorder, recorder, network, {"a": ([1, 3], [2, 3], [8, 3])})
+    _engine._add_profile(recorder, recorder, network, {"a": ([1, 3], [2, 3], [8, 3])})
     assert recorder.calls == [
         ("create_optimization_profile",),
         ("set_shape", "a", (1, 3), (2, 3), (8, 3)),
         ("add_optimization_profile", recorder),
     ]
     with pytest.raises(UserError, match=r"profile: a has open sizes \[-1, 3\]; give its"):
-        tensorrt._add_profile(recorder, recorder, network, {})
+        _engine._add_profile(recorder, recorder, network, {})
     with pytest.raises(UserError, match="profile: the graph has no input 'c'; its inputs are a, b"):
-        tensorrt._add_profile(recorder, recorder, network, {"c": ([1], [1], [1])})
+        _engine._add_profile(recorder, recorder, network, {"c": ([1], [1], [1])})

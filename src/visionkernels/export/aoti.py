@@ -1,9 +1,9 @@
 """AOTInductor: a `.pt2` package of compiled code, for Python and for C++ without Python.
 
 A package holds the code for one kind of device, and needs nothing of this package where it runs. For an NVIDIA GPU it
-has the Triton kernel of deformable attention in it, compiled; other operators, and all on a CPU, are PyTorch's. With
-`keep_operators` it calls this package's operators, which the process that loads it must have registered by
-`import visionkernels`.
+has the Triton kernel of deformable attention in it, compiled, where `_launches` finds one for the case; all other
+operators are PyTorch's. With `keep_operators` it calls this package's operators, which the process that loads it must
+have registered by `import visionkernels`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from visionkernels._checkpoint import one_line
 from visionkernels.errors import UserError
-from visionkernels.export import _kernels, _trace
+from visionkernels.export import _launches, _trace
 from visionkernels.export.onnx import Exported
+
+ALIGNMENT = 64  # bytes; so PyTorch's allocators begin a tensor
 
 
 def export(
@@ -47,8 +49,8 @@ def export(
         dynamic: the sizes that stay open: input name, axis, and a name for the size.
         outputs: a name for each output, for the report: a package returns them in their order; of a `ViT`, by default
             those of `ViTOutput` that its checkpoint gives.
-        keep_operators: call this package's operators instead: whoever loads it must `import visionkernels` first. A C++
-            program cannot.
+        keep_operators: call this package's operators in place of holding code for them, so that all of them run as they
+            do in eager calls; whoever loads it must `import visionkernels` first. A C++ program cannot.
 
     Returns:
         What was written.
@@ -63,35 +65,48 @@ def export(
         raise UserError(f"output: an AOTInductor package must end in .pt2, and it is {path}")
     start = time.perf_counter()
     inputs = contiguous(inputs)
-    traced = _trace.trace(model, inputs, dynamic, None if keep_operators else _kernels.lowered())
+    traced = _trace.trace(model, inputs, dynamic, None if keep_operators else _launches.lowered())
     try:
         with _quiet():
             torch._inductor.aoti_compile_and_package(traced.program, package_path=str(Path(path).absolute()))
     except Exception as error:
         raise UserError(f"model: AOTInductor cannot compile it: {one_line(error)}") from error
     device = next(iter(inputs.values())).device.type
-    detail = "import visionkernels before loading it" if keep_operators else "needs nothing but PyTorch"
+    detail = f"{device} code, {_in_words(traced, keep_operators)}{_trace.limits(traced.program, dynamic)}"
     return Exported(
         Path(path), "aoti", len(traced.calls), _trace.shapes(inputs, dynamic), tuple(outputs or traced.outputs or ()),
-        time.perf_counter() - start, f"{device} code, {detail}{_trace.limits(traced.program, dynamic)}",
+        time.perf_counter() - start, detail,
     )  # fmt: skip
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without PyTorch's warning, a page long, that it cannot see which inputs a kernel writes: that is known here."""
-    logger = logging.getLogger("torch._higher_order_ops.triton_kernel_wrap")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Without PyTorch's warning, a page long, that it cannot see which inputs a kernel writes: `_launches` says it."""
+    logger = logging.getLogger("torch._dynamo")
+    logger.addFilter(_is_news)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "assuming every input is mutated" not in record.getMessage()
 
 
 def contiguous(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs as a package wants them: it reads memory in the example's order, without a look at the strides."""
-    return {name: tensor.contiguous() for name, tensor in inputs.items()}
+    """The inputs as a package wants them: in the example's order, as it does not look at strides, and aligned."""
+    found = {name: tensor.contiguous() for name, tensor in inputs.items()}
+    return {name: tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor for name, tensor in found.items()}
+
+
+def _in_words(traced: _trace.Trace, keep_operators: bool) -> str:
+    """What is in a package, and what it needs."""
+    if keep_operators:
+        return "import visionkernels before loading it"
+    launches, layers = _launches.count(traced.program), sum("ms_deform_attn" in call for call in traced.calls)
+    kernels = f"the Triton kernel in {launches} of {layers} layers, " if launches else ""
+    return f"{kernels}needs nothing but PyTorch"
 
 
 def load(path: str | Path) -> Any:
@@ -112,11 +127,11 @@ def load(path: str | Path) -> Any:
     Example:
         >>> logits, boxes = load("detector.pt2")({"pixel_values": torch.rand(1, 3, 256, 256)})  # doctest: +SKIP
     """
-    if sys.platform == "linux":
-        # PyTorch's libraries bring parts of an older C++ library along. A package that is linked with those in place of
-        # the system's crashes in `std::regex`; what is loaded like this comes first.
-        ctypes.CDLL("libstdc++.so.6", mode=ctypes.RTLD_GLOBAL)
     try:
+        if sys.platform == "linux":
+            # PyTorch's libraries export parts of an older C++ library, and a package that is bound to them crashes in
+            # `std::regex`. Names are looked for first in what was loaded globally.
+            ctypes.CDLL("libstdc++.so.6", mode=ctypes.RTLD_GLOBAL)
         package = torch._inductor.aoti_load_package(str(path))
     except (RuntimeError, OSError) as error:
         raise UserError(f"package: {path} cannot be loaded: {one_line(error)}") from error

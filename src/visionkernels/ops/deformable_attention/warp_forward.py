@@ -108,7 +108,8 @@ def _forward_warp_kernel(
         # Leaving is cheaper than masks, and nothing outside the value may be touched. All bits set is NaN.
         if not shapes_fit(shapes, num_pixels, NUM_LEVELS):
             nan = member * 0 - 1
-            store_words(lane_address(output_ptr, offs_row * HEAD_DIM, member), mask_store, nan, nan, nan, nan)
+            output_address = lane_address(output_ptr, offs_row.to(tl.int64) * HEAD_DIM, member)
+            store_words(output_address, mask_store, nan, nan, nan, nan)
             return
     value_address = lane_address(value_ptr + pid_n * stride_value_n, 0, member % LANES)
     point_ptr += first_query * NUM_HEADS * (NUM_SAMPLES * 2)

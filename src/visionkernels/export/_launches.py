@@ -1,7 +1,8 @@
-"""Deformable attention as its Triton kernel: Inductor compiles it into a package, which then needs no Python.
+"""Deformable attention as a launch of its Triton kernel: Inductor compiles that into a package, which needs no Python.
 
 A size that is open when the graph is made is not known when the kernel is chosen. So the kernel reads the levels' sizes
-from memory, and a value too large for its offsets of 32 bits gives NaN, as sizes that do not fit the value do.
+from memory; and where an open size grows until the kernel's offsets of 32 bits do not reach, the output is NaN, as it
+is of sizes that do not fit the value.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
+from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from visionkernels.export import _standard
@@ -22,7 +24,7 @@ from visionkernels.ops.deformable_attention import registration
 
 
 def lowered() -> dict[Any, Callable[..., Any]]:
-    """Every operator of this package, and its form in a package: a Triton kernel, or else PyTorch's operators."""
+    """Every operator of this package, and its form in a package: a launch of its kernel, or PyTorch's operators."""
     return {
         **_standard.lowered(),
         registration.FORWARD: ms_deform_attn,
@@ -32,25 +34,27 @@ def lowered() -> dict[Any, Callable[..., Any]]:
     }
 
 
+def count(program: ExportedProgram) -> int:
+    """How many launches a program holds."""
+    return sum(node.target is triton_kernel_wrapper_functional for node in program.graph.nodes)
+
+
 def ms_deform_attn(*arguments: Any) -> Tensor:
     """The plain operator; arguments and result are those of its schema."""
-    value, spatial_shapes, level_sizes, points, weights, num_points, padding_mode, align_corners, method = arguments
+    value, spatial_shapes, level_sizes, points, weights, *options, method = arguments
+    output = None
     if method == "bilinear":
-        output = _kernel(
-            value, spatial_shapes, level_sizes, points, weights, None, None, num_points, padding_mode, align_corners
-        )
-        if output is not None:
-            return output
-    return _standard.ms_deform_attn(*arguments)
+        output = _launched(value, spatial_shapes, level_sizes, points, weights, None, None, *options)
+    return _standard.ms_deform_attn(*arguments) if output is None else output
 
 
 def fused_ms_deform_attn(*arguments: Any) -> Tensor:
     """The fused operator; arguments and result are those of its schema."""
-    output = _kernel(*arguments)
+    output = _launched(*arguments)
     return _standard.fused_ms_deform_attn(*arguments) if output is None else output
 
 
-def _kernel(
+def _launched(
     value: Tensor,
     spatial_shapes: Tensor | None,
     level_sizes: Sequence[int] | None,
@@ -62,39 +66,47 @@ def _kernel(
     padding_mode: str,
     align_corners: bool,
 ) -> Tensor | None:
-    """The output, or None where there is no such kernel: it takes NVIDIA GPUs from compute capability 8.0 on."""
-    floats = [t for t in (value, points, weights, reference_points) if t is not None]
-    if value.device.type != "cuda" or any(t.dtype == torch.float64 for t in floats):
+    """The output; or None where eager calls have another kernel: older GPUs, float64, heads of an unusual size."""
+    tensors = (value, points, weights, reference_points)
+    if value.device.type != "cuda" or any(t is not None and t.dtype == torch.float64 for t in tensors):
         return None
-    from visionkernels.ops.deformable_attention import plan
+    from visionkernels.ops.deformable_attention import plan, tile
 
     batch, num_pixels, num_heads, head_dim = value.shape
-    num_queries, num_points = points.shape[1], tuple(num_points)
+    num_queries = points.shape[1]
+    value, points = value.contiguous(), points.contiguous()
     common = plan.common_of(
-        num_heads * head_dim, num_heads, head_dim, num_points,
+        num_heads * head_dim, num_heads, head_dim, tuple(num_points),
         None if reference_points is None else tuple(reference_points.shape), value_mask is not None, padding_mode,
-        align_corners, True, True,
+        align_corners, True, _begins_at_multiple(points, 2 * points.dtype.itemsize),
     )  # fmt: skip
-    dense = statically_known_true(num_queries == num_pixels)
-    choice = plan.warp_kernel(common, value.dtype, dense, None)
-    if choice is None or not plan.has_warp_instructions(value.device) or sum(num_points) == 0:
+    if common.num_samples == 0:
+        return value.new_zeros(batch, num_queries, num_heads * head_dim)
+    choice = plan.warp_kernel(common, value.dtype, statically_known_true(num_queries == num_pixels), None)
+    per_query = num_heads * max(2 * common.num_samples, head_dim, common.reference_levels * common.reference_size)
+    too_large = _beyond_32_bits((num_pixels + 1) * num_heads * head_dim * value.dtype.itemsize)
+    too_large += _beyond_32_bits(num_queries * per_query * value.dtype.itemsize)
+    if (
+        choice is None
+        or not plan.has_warp_instructions(value.device)
+        or not _begins_at_multiple(value, tile.LANE_BYTES)
+        or statically_known_true(num_pixels <= 1)  # Inductor makes a 1 a constant, which this kernel does not take
+        or _of_the_example(too_large) > 0
+    ):
         return None
-    row = num_heads * max(2 * sum(num_points), head_dim, common.reference_levels * common.reference_size)
-    too_large = (num_pixels + num_queries + 1) * row * value.dtype.itemsize // plan.MAX_INT32
-    output = value.new_empty(batch, num_queries, num_heads * head_dim)
     if level_sizes is None:
         assert spatial_shapes is not None
-        shapes = _plain(spatial_shapes)
+        shapes = spatial_shapes.to(value.device).contiguous()
     else:
         shapes = tensor_of(list(level_sizes), torch.int32, value.device)
-    grid = (batch * cdiv(num_queries, choice.rows // choice.heads), num_heads // choice.heads, 1)
     arguments = (
-        output, _plain(value), shapes, _plain(points), _plain(weights),
-        None if reference_points is None else _plain(reference_points),
-        None if value_mask is None else _plain(value_mask.to(torch.uint8)),
+        value.new_empty(batch, num_queries, num_heads * head_dim), value, shapes, points, weights.contiguous(),
+        None if reference_points is None else reference_points.contiguous(),
+        None if value_mask is None else value_mask.contiguous().to(torch.uint8),
         num_pixels * num_heads * head_dim, head_dim, batch, num_pixels - too_large, num_queries,
         *common, *choice.constants,
     )  # fmt: skip
+    grid = (batch * cdiv(num_queries, choice.rows // choice.heads), num_heads // choice.heads, 1)
     return _launch(choice.kernel, choice.num_warps, grid, arguments)
 
 
@@ -125,7 +137,16 @@ def _with_warps(kernel: Any, num_warps: int) -> Any:
     return triton.autotune([triton.Config({}, num_warps=num_warps)], key=[])(kernel)
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    """The tensor as the kernel reads it: contiguous, from a multiple of 16 bytes on, as memory of its own begins."""
-    tensor = tensor.contiguous()
-    return tensor if statically_known_true(tensor.storage_offset() == 0) else tensor.clone()
+def _begins_at_multiple(tensor: Tensor, size: int) -> bool:
+    """Whether a tensor begins at a multiple of so many bytes of its memory. Inductor would drop a copy that does."""
+    return statically_known_true(tensor.storage_offset() * tensor.dtype.itemsize % size == 0)
+
+
+def _beyond_32_bits(size: Any) -> Any:
+    """0 for a number or symbol that fits, more for one that does not; `max` would fix a symbol."""
+    return size // 2**31
+
+
+def _of_the_example(size: Any) -> int:
+    """The number that a symbol stands for in the example, 0 where there is none."""
+    return size if isinstance(size, int) else size.node.hint or 0
