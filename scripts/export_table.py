@@ -186,8 +186,7 @@ def times(found: dict[str, Any]) -> list[str]:
     """The section about the time of AOTInductor packages."""
     environment = found["environment"]
     names = ", ".join(f"{name} {environment['versions'][name]}" for name in ("torch", "triton", "transformers"))
-    ways = {"eager": "PyTorch", "compile": "`torch.compile`", "package": "package", "graph": "it in a CUDA graph",
-            "kept": "package, operators kept"}  # fmt: skip
+    ways = {"eager": "PyTorch", "compile": "`torch.compile`", "package": "package", "kept": "package, operators kept"}
     lines = [
         "## Time on a GPU",
         "",
@@ -202,7 +201,7 @@ def times(found: dict[str, Any]) -> list[str]:
         "|---" * (len(ways) + 1) + "|",
     ]
     for row, cells in found["rows"].items():
-        shown = [_time(cells[way]) if way in cells else "" for way in ways]
+        shown = [_time(cells[way]) for way in ways]
         lines.append(f"| {row} | " + " | ".join(shown) + " |")
     return lines
 

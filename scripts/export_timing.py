@@ -134,18 +134,7 @@ def _caller(way: str, path: str, module: Any, inputs: dict[str, Any]) -> Callabl
         compiled = torch.compile(module)
         return lambda: compiled(**inputs)
     package = aoti.load(path)
-    if way != "graph":
-        return lambda: package(inputs)
-    package(inputs)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = package(inputs)
-
-    def replay() -> Any:
-        graph.replay()
-        return outputs
-
-    return replay
+    return lambda: package(inputs)
 
 
 def _first(output: Any) -> Any:
@@ -185,8 +174,6 @@ def main() -> int:
         for name in subjects(options.quick):
             failed = reasons.get(name, {})
             paths = {"eager": ""} | {t[1]: t[4] for t in tasks if t[0] == name and t[1] not in failed}
-            if "package" in paths and device == "cuda":
-                paths["graph"] = paths["package"]
             rows[name] = measure(name, paths, options.quick, device)
             rows[name] |= {way: {"reason": reason} for way, reason in failed.items()}
             print(name, {way: cell.get("milliseconds") for way, cell in rows[name].items()}, flush=True)

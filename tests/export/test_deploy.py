@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
+import visionkernels as vk
 from visionkernels.detection import SAMPLE_IMAGE, Detector
 from visionkernels.errors import UserError
 from visionkernels.export import aoti, onnx
@@ -101,6 +102,38 @@ def test_the_recipe_for_cpp_gives_what_pytorch_gives(folder, package):
     for index, name in enumerate(("logits", "pred_boxes")):
         got = torch.from_numpy(np.fromfile(folder / f"image.f32.out{index}", np.float32)).view(expected[name].shape)
         assert (got - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max()
+
+
+class Head(torch.nn.Module):
+    """Patches, and one deformable attention over them."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = torch.nn.Conv2d(3, 64, 16, 16)
+        self.attention = vk.MSDeformAttn(64, 1, 8, 4)
+        self.references = torch.nn.Parameter(torch.rand(1, 5, 1, 2))
+
+    def forward(self, pixel_values):
+        image = self.patches(pixel_values)
+        pixels, sizes = image.flatten(2).transpose(1, 2), [(image.shape[2], image.shape[3])]
+        return self.attention(pixels[:, :5], self.references.expand(len(pixels), -1, -1, -1), pixels, sizes)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs CMake")
+def test_the_cpp_program_on_a_gpu(folder, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    model = Head().eval().cuda()
+    torch.nn.init.normal_(model.attention.sampling_offsets.weight, std=0.3)
+    image = torch.rand(2, 3, 96, 64, device="cuda")
+    report = aoti.export(model, {"pixel_values": image}, folder / "head.pt2")
+    assert "the Triton kernel in 1 of 1 layers" in report.detail
+    image.cpu().numpy().tofile(folder / "head.f32")
+    build = "\n".join(line for line in CPP.splitlines() if line.startswith("cmake"))
+    assert "[2, 5, 64]" in shell(folder, f"{build}\nbuild/run_pt2 head.pt2 head.f32 2 3 96 64 cuda")
+    found = torch.from_numpy(np.fromfile(folder / "head.f32.out0", np.float32)).view(2, 5, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(image).cpu())
 
 
 def test_the_recipe_for_a_vit_runs(folder):

@@ -147,16 +147,8 @@ def test_a_package_for_the_gpu(tmp_path, keep, half):
     path = tmp_path / "model.pt2"
     report = aoti.export(subject.module, subject.inputs, path, dynamic=subject.axes(OPEN), keep_operators=keep)
     assert report.detail.startswith("cuda code")
-    package = aoti.load(path)
-    found = check.compare(subject, package, OPEN)
+    found = check.compare(subject, aoti.load(path), OPEN)
     assert all(one.ok for one in found), found
-    if not keep:
-        outputs = package(subject.inputs)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = package(subject.inputs)
-        graph.replay()
-        torch.testing.assert_close(captured, outputs, rtol=0, atol=0)
 
 
 def test_a_package_gets_contiguous_inputs():

@@ -109,11 +109,13 @@ def _in_words(traced: _trace.Trace, keep_operators: bool) -> str:
     return f"{kernels}needs nothing but PyTorch"
 
 
-def load(path: str | Path) -> Any:
+def load(path: str | Path, *, run_single_threaded: bool = False) -> Any:
     """A function from inputs to a list of outputs that runs a package in this process.
 
     Args:
         path: a file that `export` wrote.
+        run_single_threaded: leave out what lets several threads call the function at a time, which a CUDA graph cannot
+            capture.
 
     Returns:
         The function. It takes a tensor for each input, by name, of the shapes and dtypes that the package was made for
@@ -132,7 +134,7 @@ def load(path: str | Path) -> Any:
             # PyTorch's libraries export parts of an older C++ library, and a package that is bound to them crashes in
             # `std::regex`. Names are looked for first in what was loaded globally.
             ctypes.CDLL("libstdc++.so.6", mode=ctypes.RTLD_GLOBAL)
-        package = torch._inductor.aoti_load_package(str(path))
+        package = torch._inductor.aoti_load_package(str(path), run_single_threaded=run_single_threaded)
     except (RuntimeError, OSError) as error:
         raise UserError(f"package: {path} cannot be loaded: {one_line(error)}") from error
 
