@@ -9,6 +9,7 @@ import zipfile
 import pytest
 import torch
 from torch._higher_order_ops import triton_kernel_wrap
+from torch._inductor.decomposition import decompositions
 
 import visionkernels as vk
 from visionkernels.errors import UserError
@@ -131,6 +132,14 @@ def test_the_warning_about_inputs_that_are_written_is_not_shown(caplog):
         logger.warning("something else")
     logger.warning("assuming every input is mutated")
     assert caplog.messages == ["something else", "assuming every input is mutated"]
+
+
+def test_pytorch_s_grid_sampler_is_left_alone_for_the_time_of_an_export():
+    operator = torch.ops.aten.grid_sampler_2d.default
+    form = decompositions[operator]
+    with aoti._pytorch_s_grid_sampler():
+        assert operator not in decompositions
+    assert decompositions[operator] is form
 
 
 def test_a_package_must_end_in_pt2(tmp_path):

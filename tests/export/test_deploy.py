@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,8 @@ def test_the_recipe_for_tensorrt_exports_and_says_that_tensorrt_is_missing(folde
 @pytest.mark.slow
 @needs_compiler
 def test_the_recipe_for_aotinductor_runs_in_a_fresh_process(folder, package):
+    with zipfile.ZipFile(package) as files:
+        assert any(b"grid_sampler_2d" in files.read(name) for name in files.namelist()), "Inductor's is slow"
     code = AOTI_RUN + "import sys\nassert 'visionkernels' not in sys.modules\nprint(*logits.shape, *boxes.shape)\n"
     assert shell(folder, f"python - <<'END'\n{code}END\n") == "3 60 8 3 60 4\n"
 
@@ -105,24 +108,23 @@ def test_the_recipe_for_cpp_gives_what_pytorch_gives(folder, package):
 
 
 class Head(torch.nn.Module):
-    """Patches, and one deformable attention over them."""
+    """Patches, and one deformable attention over them; no convolution, which on a GPU may round to TF32."""
 
     def __init__(self):
         super().__init__()
-        self.patches = torch.nn.Conv2d(3, 64, 16, 16)
+        self.patches = torch.nn.Linear(3 * 16 * 16, 64)
         self.attention = vk.MSDeformAttn(64, 1, 8, 4)
         self.references = torch.nn.Parameter(torch.rand(1, 5, 1, 2))
 
     def forward(self, pixel_values):
-        image = self.patches(pixel_values)
-        pixels, sizes = image.flatten(2).transpose(1, 2), [(image.shape[2], image.shape[3])]
+        patches = torch.nn.functional.pixel_unshuffle(pixel_values, 16)
+        pixels, sizes = self.patches(patches.flatten(2).transpose(1, 2)), [tuple(patches.shape[2:])]
         return self.attention(pixels[:, :5], self.references.expand(len(pixels), -1, -1, -1), pixels, sizes)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs CMake")
-def test_the_cpp_program_on_a_gpu(folder, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def test_the_cpp_program_on_a_gpu(folder):
     model = Head().eval().cuda()
     torch.nn.init.normal_(model.attention.sampling_offsets.weight, std=0.3)
     image = torch.rand(2, 3, 96, 64, device="cuda")

@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
 from visionkernels.export import _launches, _samples, _trace
+from visionkernels.export._subject import Subject
 from visionkernels.ops.deformable_attention import plan
 
 OPEN = ("batch", "queries", "height_0", "width_1")
@@ -37,6 +38,7 @@ def launches(monkeypatch):
                 for name, parameter in part._parameters.items():
                     part._parameters[name] = torch.nn.Parameter(_on_gpu(parameter), requires_grad=False)
         traced = _trace.trace(subject.module, inputs, subject.axes(labels), _launches.lowered())
+        trace.limits = _trace.limits(traced.program, subject.axes(labels))
         nodes = [node for node in traced.program.graph.nodes if node.op == "call_function"]
         found = [node.kwargs for node in nodes if "triton_kernel_wrapper_functional" in str(node.target)]
         return found, {str(node.target) for node in nodes}
@@ -65,6 +67,18 @@ def _origins(node):
     for other in node.all_input_nodes:
         found |= _origins(other)
     return found
+
+
+def test_the_batch_of_masks_that_are_resized_stays_open(launches):
+    """Detectors resize masks `[1, N, H, W]`, and for a GPU PyTorch asks whether these are less than four channels."""
+
+    class Resize(torch.nn.Module):
+        def forward(self, masks):
+            return torch.nn.functional.interpolate(masks.unsqueeze(0), size=(4, 4)).squeeze(0)
+
+    subject = Subject("masks", Resize(), {"masks": torch.rand(2, 8, 8)}, ("output",), {"batch": {"masks": 0}})
+    launches(subject, labels=("batch",))
+    assert launches.limits == ""
 
 
 def test_an_open_size_that_is_too_large_gives_nan(launches):

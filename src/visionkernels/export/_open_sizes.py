@@ -56,6 +56,8 @@ class Tracing(TorchFunctionMode):
         if func is F.scaled_dot_product_attention and self._lowered:
             # Its strides depend on the kernel; torch.onnx's form of it has others than those a view was made for.
             return func(*args, **kwargs).contiguous()
+        if func is F.interpolate and isinstance(args[0].shape[1], torch.SymInt):
+            return _interpolate(*args, **kwargs)
         if func is torch.isin and self._lowered:
             return _isin(*args, **kwargs)
         if func in (torch.cummax, Tensor.cummax) and self._lowered:
@@ -120,6 +122,12 @@ def _linspace(start: Any, end: Any, steps: Any, *, dtype: Any = None, device: An
     count = torch.full((), steps, dtype=dtype, device=device)
     length = torch.full((), end, dtype=dtype, device=device) - start
     return torch.arange(steps, device=device).to(dtype) * (length / (count - 1).clamp(min=1)) + start
+
+
+def _interpolate(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Of a mask `[1, N, H, W]`: for a GPU PyTorch asks whether there are less than four channels, which limits N."""
+    images = F.interpolate(input.flatten(0, 1).unsqueeze(1), *args, **kwargs)
+    return images.squeeze(1).unflatten(0, input.shape[:2])
 
 
 def _take_along_dim(input: Tensor, indices: Tensor, dim: int) -> Tensor:

@@ -79,14 +79,17 @@ def symbols(program: ExportedProgram, dynamic: Axes | None) -> dict[str, str]:
 
 
 def limits(program: ExportedProgram, dynamic: Axes | None) -> str:
-    """Where the model's code limits an open size, in words: ", height from 33", or nothing."""
+    """Where the model's code limits an open size, in words: ", height from 33", or nothing.
+
+    A limit of tens of thousands, as some kernels of PyTorch have it, is not worth a word.
+    """
     found = {}
     for name, axes in (dynamic or {}).items():
         for axis, label in axes.items():
             bounds = program.range_constraints.get(_shape_of(program, name)[axis].node.expr)
             if bounds is not None:
                 least = f" from {bounds.lower}" if bounds.lower > 2 else ""
-                most = f" to {bounds.upper}" if bounds.upper.is_Integer and bounds.upper < 2**31 else ""
+                most = f" to {bounds.upper}" if bounds.upper.is_Integer and bounds.upper < 2**15 else ""
                 found[label] = f", {label}{least}{most}" if least or most else ""
     return "".join(found.values())
 
