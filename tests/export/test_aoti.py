@@ -63,7 +63,7 @@ def test_a_package_with_the_operators_needs_one_import(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["ms_deform_attn", "fused_ms_deform_attn", "MSDeformAttn"])
+@pytest.mark.parametrize("name", ["fused_ms_deform_attn", "MSDeformAttn"])
 def test_a_package_for_the_gpu_has_the_kernel_inside(tmp_path, name):
     subject, labels = _samples.SAMPLES[name]().to(torch.device("cuda")), ("batch", "queries", "height_0", "width_1")
     path = tmp_path / "model.pt2"
@@ -77,7 +77,8 @@ def test_a_package_for_the_gpu_has_the_kernel_inside(tmp_path, name):
         load = f"{code}\nassert 'visionkernels' not in sys.modules"
         done = subprocess.run([sys.executable, "-c", load, str(tmp_path), ""], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        torch.testing.assert_close(torch.load(tmp_path / "output.pt"), subject.module(**subject.inputs))
+        found = torch.load(tmp_path / "output.pt")
+        torch.testing.assert_close(found, subject.module(**subject.inputs), rtol=1e-5, atol=1e-5)
         (tmp_path / "output.pt").unlink()
 
 
