@@ -104,6 +104,7 @@ CASES = {  # what is not as in a usual call
     "a reference point": {"references": (1, 2)},
     "a box a level": {"references": (2, 4)},
     "a mask": {"references": (1, 2), "mask": True},
+    "everything with the batch in the middle": {"references": (1, 2), "mask": True, "batch_second": True},
     "float64": {"dtype": torch.float64, "launched": False},
     "locations in float64": {"points_dtype": torch.float64, "launched": False},
     "heads of 24 bytes": {"head_dim": 6, "launched": False},
@@ -114,6 +115,13 @@ CASES = {  # what is not as in a usual call
     "an older GPU": {"warps": False, "launched": False},
     "a value of 2 GiB": {"sizes": (4096, 4096), "num_points": (3,), "launched": False},
     "an output of 2 GiB": {"num_queries": 2**31 // (4 * 8 * 4), "launched": False},
+    "boxes of 2 GiB": {
+        "references": (2, 4),
+        "num_points": (0, 1),
+        "head_dim": 4,
+        "num_queries": 2**31 // (4 * 8 * 4),
+        "launched": False,
+    },
     "almost": {"num_queries": 2**31 // (4 * 8 * 4) - 1},
 }
 
@@ -131,7 +139,7 @@ def test_what_is_launched(monkeypatch, case):
     if not recorded:
         return
     (kernel, _, grid, launch), value, points = recorded[0], arguments[0], arguments[3]
-    assert output.shape == (*points.shape[:2], 32)
+    assert output.shape == (*points.shape[:2], value.shape[2] * value.shape[3])
     assert grid[0] >= value.shape[0]
     for name, tensor in zip(kernel.arg_names, launch, strict=True):
         if isinstance(tensor, torch.Tensor):
@@ -140,6 +148,7 @@ def test_what_is_launched(monkeypatch, case):
     named = dict(zip(kernel.arg_names, launch, strict=True))
     assert (named["mask_ptr"] is not None) == case.get("mask", False) == named["HAS_MASK"]
     assert (named["REFERENCE_LEVELS"], named["REFERENCE_SIZE"]) == case.get("references", (1, 0))
+    assert not named["HAS_MASK"] or named["mask_ptr"].dtype == torch.uint8
     assert named["num_pixels"] == value.shape[1]
 
 
@@ -150,7 +159,7 @@ def _contiguous(tensor):
 
 def _arguments(
     sizes=(4, 5, 2, 3), num_points=(1, 2), head_dim=8, num_queries=7, dtype=torch.float32, points_dtype=torch.float32,
-    shapes=None, strides=None, offset=0, references=None, mask=False,
+    shapes=None, strides=None, offset=0, references=None, mask=False, batch_second=False,
 ):  # fmt: skip
     """Those of the fused operator, on a GPU that is not there."""
     pixels = sum(h * w for h, w in zip(sizes[::2], sizes[1::2], strict=True))
@@ -158,10 +167,15 @@ def _arguments(
     strides = strides or (pixels * 4 * head_dim, 4 * head_dim, head_dim, 1)
     memory = torch.empty(2 * pixels * 4 * head_dim + offset, dtype=dtype, device="cuda")
     value = torch.as_strided(memory, shape, strides, offset)
-    points = torch.empty(2, num_queries, 4, sum(num_points), 2, dtype=points_dtype, device="cuda")
-    weights = torch.empty(2, num_queries, 4, sum(num_points), dtype=points_dtype, device="cuda")
-    reference_points = None if references is None else torch.empty(2, num_queries, *references, device="cuda")
-    value_mask = torch.empty(2, pixels, dtype=torch.bool, device="cuda") if mask else None
+
+    def empty(*shape, dtype=points_dtype):
+        if batch_second:
+            return torch.empty(shape[0], 2, *shape[1:], dtype=dtype, device="cuda").transpose(0, 1)
+        return torch.empty(2, *shape, dtype=dtype, device="cuda")
+
+    points, weights = empty(num_queries, 4, sum(num_points), 2), empty(num_queries, 4, sum(num_points))
+    reference_points = None if references is None else empty(num_queries, *references)
+    value_mask = empty(pixels, dtype=torch.bool) if mask else None
     sizes = None if shapes is not None else sizes
     return value, shapes, sizes, points, weights, reference_points, value_mask, num_points, "zeros", False
 
