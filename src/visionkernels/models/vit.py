@@ -40,11 +40,12 @@ class ViT(nn.Module):
     `ViT.from_pretrained` loads a checkpoint; the constructor makes one with random weights. On a GPU a CUDA graph is
     captured for each batch and image size, and replayed; results are copies, which no later call overwrites. A batch
     runs in a graph of up to a quarter more images if there is one, and else gets its own. Inside `torch.compile`,
-    `torch.export` and a capture of the caller's, the operators run one by one; so they do with `cuda_graphs = False`
-    and while a layer, the heads or SigLIP's pooling have hooks. While a graph is captured, in the first forward of its
-    size, PyTorch refuses other threads random numbers on that GPU. `torch.autocast` changes nothing: the model computes
-    in the dtype of its weights. Weights may be changed in place under `torch.no_grad()`, but not through `.data`, which
-    PyTorch does not count. The linear layers' products of float32 are exact unless `precision` allows less.
+    `torch.export` and a capture of the caller's, the operators run one by one, which makes small batches slower; so
+    they do with `cuda_graphs = False` and while a layer, the heads or SigLIP's pooling have hooks. While a graph is
+    captured, in the first forward of its size, PyTorch refuses other threads random numbers on that GPU.
+    `torch.autocast` changes nothing: the model computes in the dtype of its weights. Weights may be changed in place
+    under `torch.no_grad()`, but not through `.data`, which PyTorch does not count. The linear layers' products of
+    float32 are exact unless `precision` allows less.
 
     Args:
         config: The model's shape.
