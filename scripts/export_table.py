@@ -186,13 +186,13 @@ def times(found: dict[str, Any]) -> list[str]:
     """The section about the time of AOTInductor packages."""
     environment = found["environment"]
     names = ", ".join(f"{name} {environment['versions'][name]}" for name in ("torch", "triton", "transformers"))
-    ways = {"eager": "PyTorch", "compile": "`torch.compile`", "package": "package", "kept": "package, operators kept"}
+    ways = {"eager": "eager", "compile": "`torch.compile`", "package": "package", "kept": "package, operators kept"}
     lines = [
         "## Time on a GPU",
         "",
-        f"Milliseconds of a call on one {environment['device']}, the host's part with it, {environment['date'][:10]};",
-        f"{names}.",
-        "In brackets how far the first output is from PyTorch's, of its largest entry, where it is not equal.",
+        f"Milliseconds of a call on one {environment['device']}, the time on the host included;",
+        f"{names}; {environment['date'][:10]}.",
+        "In brackets how far the first output is from eager PyTorch's, of its largest entry, where it is not equal.",
         "Measured by `python scripts/export_timing.py`.",
         "`vk.ViT` replays a CUDA graph of its own, and its package holds PyTorch's operators; all else runs this",
         "package's kernels. Convolutions do not use TF32.",

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -165,8 +166,10 @@ def main() -> int:
         ]
         reasons: dict[str, dict[str, str]] = {}
         workers = min(len(tasks), os.cpu_count() or 1)
-        with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
-            for name, way, reason, seconds in pool.imap_unordered(build, tasks):
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, spawn, max_tasks_per_child=1) as pool:
+            for done in as_completed([pool.submit(build, task) for task in tasks]):
+                name, way, reason, seconds = done.result()
                 print(f"{name}: {way} {reason or f'made in {seconds:.0f} s'}", file=sys.stderr, flush=True)
                 if reason:
                     reasons.setdefault(name, {})[way] = reason

@@ -1,6 +1,7 @@
 """AOTInductor packages, in this process and in a fresh one; the default kind is in test_deploy.py."""
 
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import zipfile
 import pytest
 import torch
 from torch._higher_order_ops import triton_kernel_wrap
-from torch._inductor.decomposition import decompositions
+from torch._inductor import decomposition
 
 import visionkernels as vk
 from visionkernels.errors import UserError
@@ -135,12 +136,68 @@ def test_the_warning_about_inputs_that_are_written_is_not_shown(caplog):
     assert caplog.messages == ["something else", "assuming every input is mutated"]
 
 
-def test_pytorch_s_grid_sampler_is_left_alone_for_the_time_of_an_export():
+@pytest.mark.parametrize("compiled_before", [False, True])
+def test_pytorch_s_grid_sampler_is_left_alone_for_the_time_of_an_export(compiled_before):
     operator = torch.ops.aten.grid_sampler_2d.default
-    form = decompositions[operator]
+    decomposition.fast_random_decomps.cache_clear()
+    form = decomposition.decompositions[operator]
+    if compiled_before:
+        decomposition.select_decomp_table()
     with aoti._pytorch_s_grid_sampler():
-        assert operator not in decompositions
-    assert decompositions[operator] is form
+        assert operator not in decomposition.select_decomp_table()
+    assert decomposition.select_decomp_table()[operator] is decomposition.decompositions[operator] is form
+
+
+class Difference(torch.nn.Module):
+    def forward(self, a, b):
+        return a - b
+
+
+@pytest.fixture(scope="module")
+def difference(tmp_path_factory):
+    """A package of `a - b`, with an open size, as a function."""
+    path = tmp_path_factory.mktemp("package") / "model.pt2"
+    inputs = {"a": torch.rand(2, 3), "b": torch.rand(2, 3)}
+    aoti.export(Difference().eval(), inputs, path, dynamic={"a": {0: "batch"}, "b": {0: "batch"}})
+    return aoti.load(path)
+
+
+@needs_compiler
+def test_inputs_go_by_name(difference):
+    a, b = torch.rand(5, 3), torch.rand(5, 3)
+    assert torch.equal(difference({"b": b, "a": a})[0], a - b)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"b": None}, "inputs: b is missing; the package takes a, b"),
+        ({"c": torch.rand(2, 3)}, "inputs: c is unknown; the package takes a, b"),
+        ({"b": torch.rand(2, 3).double()}, "inputs: b must have the dtype torch.float32, and has torch.float64"),
+        ({"b": torch.rand(2, 3, device="meta")}, "inputs: b must have the device cpu, and has meta"),
+        ({"b": torch.rand(2, 4)}, "inputs: b must have the shape [any, 3], and has [2, 4]"),
+        ({"b": torch.rand(6)}, "inputs: b must have the shape [any, 3], and has [6]"),
+    ],
+)
+def test_wrong_inputs(difference, wrong, message):
+    inputs = {"a": torch.rand(2, 3), "b": torch.rand(2, 3)} | wrong
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        difference({name: tensor for name, tensor in inputs.items() if tensor is not None})
+
+
+@needs_compiler
+def test_a_package_of_another(tmp_path):
+    program = torch.export.export(Difference().eval(), (torch.rand(2), torch.rand(2)))
+    torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "other.pt2"))
+    with pytest.raises(UserError, match=r"was not written by visionkernels.export.aoti; load it by"):
+        aoti.load(tmp_path / "other.pt2")
+
+
+def test_a_pytorch_that_cannot_run_single_threaded(monkeypatch):
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: None)
+    with pytest.raises(UserError, match=r"^run_single_threaded: needs PyTorch 2.7 or later, and this is "):
+        aoti.load("model.pt2", run_single_threaded=True)
 
 
 def test_a_package_must_end_in_pt2(tmp_path):

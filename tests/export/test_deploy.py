@@ -89,7 +89,8 @@ def test_the_recipe_for_tensorrt_exports_and_says_that_tensorrt_is_missing(folde
 @needs_compiler
 def test_the_recipe_for_aotinductor_runs_in_a_fresh_process(folder, package):
     with zipfile.ZipFile(package) as files:
-        assert any(b"grid_sampler_2d" in files.read(name) for name in files.namelist()), "Inductor's is slow"
+        calls = [files.read(name) for name in files.namelist() if name.endswith(".json")]  # to PyTorch's dispatcher
+        assert any(b"grid_sampler_2d" in text for text in calls), "Inductor's form of it is slow"
     code = AOTI_RUN + "import sys\nassert 'visionkernels' not in sys.modules\nprint(*logits.shape, *boxes.shape)\n"
     assert shell(folder, f"python - <<'END'\n{code}END\n") == "3 60 8 3 60 4\n"
 

@@ -66,7 +66,7 @@ def _launched(
     padding_mode: str,
     align_corners: bool,
 ) -> Tensor | None:
-    """The output; or None where eager calls have another kernel: older GPUs, float64, heads of an unusual size."""
+    """The output; or None for what this kernel does not take: older GPUs, float64, heads of an unusual size."""
     tensors = (value, points, weights, reference_points)
     if value.device.type != "cuda" or any(t is not None and t.dtype == torch.float64 for t in tensors):
         return None

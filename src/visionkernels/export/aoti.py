@@ -9,6 +9,7 @@ have registered by `import visionkernels`.
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import sys
 import time
@@ -26,6 +27,7 @@ from visionkernels.export import _launches, _trace
 from visionkernels.export.onnx import Exported
 
 ALIGNMENT = 64  # bytes; so PyTorch's allocators begin a tensor
+INPUTS = "visionkernels.inputs"  # under it a package's metadata describe its inputs; null is an open size
 
 
 def export(
@@ -66,9 +68,14 @@ def export(
     start = time.perf_counter()
     inputs = contiguous(inputs)
     traced = _trace.trace(model, inputs, dynamic, None if keep_operators else _launches.lowered())
+    metadata = {INPUTS: json.dumps({name: _described(t, (dynamic or {}).get(name, {})) for name, t in inputs.items()})}
     try:
         with _quiet(), _pytorch_s_grid_sampler():
-            torch._inductor.aoti_compile_and_package(traced.program, package_path=str(Path(path).absolute()))
+            torch._inductor.aoti_compile_and_package(
+                traced.program,
+                package_path=str(Path(path).absolute()),
+                inductor_configs={"aot_inductor.metadata": metadata},
+            )
     except Exception as error:
         raise UserError(f"model: AOTInductor cannot compile it: {one_line(error)}") from error
     device = next(iter(inputs.values())).device.type
@@ -86,39 +93,47 @@ def _quiet() -> Iterator[None]:
     The first, a page long, is that it cannot see which inputs a kernel writes: `_launches` says it. The second is that
     a package calls `grid_sampler_2d` through PyTorch's dispatcher.
     """
+
+    def is_news(record: logging.LogRecord) -> bool:
+        known = ("assuming every input is mutated", "grid_sampler_2d.default is missing a c-shim")
+        return not any(text in record.getMessage() for text in known)
+
     loggers = [logging.getLogger(name) for name in ("torch._dynamo", "torch._inductor.ir")]
     for logger in loggers:
-        logger.addFilter(_is_news)
+        logger.addFilter(is_news)
     try:
         yield
     finally:
         for logger in loggers:
-            logger.removeFilter(_is_news)
+            logger.removeFilter(is_news)
 
 
 @contextmanager
 def _pytorch_s_grid_sampler() -> Iterator[None]:
     """Without Inductor's form of it, which reads pixel by pixel: on a CPU PyTorch's own is ten times faster."""
-    from torch._inductor.decomposition import decompositions
+    from torch._inductor.decomposition import decompositions, fast_random_decomps
 
     operator = torch.ops.aten.grid_sampler_2d.default
-    form = decompositions.pop(operator, None)
+    tables = (decompositions, fast_random_decomps())  # Inductor keeps a copy
+    forms = [table.pop(operator, None) for table in tables]
     try:
         yield
     finally:
-        if form is not None:
-            decompositions[operator] = form
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    known = ("assuming every input is mutated", "grid_sampler_2d.default is missing a c-shim")
-    return not any(text in record.getMessage() for text in known)
+        for table, form in zip(tables, forms, strict=True):
+            if form is not None:
+                table[operator] = form
 
 
 def contiguous(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs as a package wants them: in the example's order, as it does not look at strides, and aligned."""
+    """The inputs as a package reads them: it does not look at strides, and may read 16 bytes at once."""
     found = {name: tensor.contiguous() for name, tensor in inputs.items()}
     return {name: tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor for name, tensor in found.items()}
+
+
+def _described(tensor: Tensor, axes: Mapping[int, str]) -> dict[str, Any]:
+    """What a package's metadata say of an input."""
+    shape = [None if axis in axes else size for axis, size in enumerate(tensor.shape)]
+    return {"dtype": str(tensor.dtype), "device": tensor.device.type, "shape": shape}
 
 
 def _in_words(traced: _trace.Trace, keep_operators: bool) -> str:
@@ -136,31 +151,60 @@ def load(path: str | Path, *, run_single_threaded: bool = False) -> Any:
     Args:
         path: a file that `export` wrote.
         run_single_threaded: leave out what lets several threads call the function at a time, which a CUDA graph cannot
-            capture.
+            capture. It needs PyTorch 2.7.
 
     Returns:
         The function. It takes a tensor for each input, by name, of the shapes and dtypes that the package was made for
-        and on its device, and gives the outputs in their order.
+        and on its kind of device, and gives the outputs in their order.
 
     Raises:
-        UserError: the file is no package for this machine.
+        UserError: the file is no package of `export`, or not for this machine; and from the function: an input is
+            missing, unknown, or of another dtype, device or shape.
 
     Source: `torch._inductor.aoti_load_package`.
 
     Example:
         >>> logits, boxes = load("detector.pt2")({"pixel_values": torch.rand(1, 3, 256, 256)})  # doctest: +SKIP
     """
+    options = {"run_single_threaded": True} if run_single_threaded else {}
     try:
         if sys.platform == "linux":
             # PyTorch's libraries export parts of an older C++ library, and a package that is bound to them crashes in
             # `std::regex`. Names are looked for first in what was loaded globally.
             ctypes.CDLL("libstdc++.so.6", mode=ctypes.RTLD_GLOBAL)
-        package = torch._inductor.aoti_load_package(str(path), run_single_threaded=run_single_threaded)
+        package = torch._inductor.aoti_load_package(str(path), **options)
     except (RuntimeError, OSError) as error:
         raise UserError(f"package: {path} cannot be loaded: {one_line(error)}") from error
+    except TypeError as error:
+        raise UserError(f"run_single_threaded: needs PyTorch 2.7 or later, and this is {torch.__version__}") from error
+    known = json.loads(package.get_metadata().get(INPUTS, "null"))
+    if known is None:
+        raise UserError(
+            f"package: {path} was not written by visionkernels.export.aoti; "
+            "load it by torch._inductor.aoti_load_package"
+        )
 
     def call(inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        found = package(inputs=contiguous(inputs))
+        _check(inputs, known)
+        found = package(inputs=contiguous({name: inputs[name] for name in known}))  # they are taken in this order
         return [found] if isinstance(found, Tensor) else list(found)
 
     return call
+
+
+def _check(inputs: Mapping[str, Tensor], known: Mapping[str, Any]) -> None:
+    """That these are the inputs of a package, which looks at none of it."""
+    for name in (*known, *inputs):
+        if name not in inputs or name not in known:
+            fault = "is missing" if name in known else "is unknown"
+            raise UserError(f"inputs: {name} {fault}; the package takes {', '.join(known)}")
+        found, expected = _described(inputs[name], {}), known[name]
+        for what in ("dtype", "device"):
+            if found[what] != expected[what]:
+                raise UserError(f"inputs: {name} must have the {what} {expected[what]}, and has {found[what]}")
+        sizes = expected["shape"]
+        if len(sizes) != len(found["shape"]) or any(
+            size not in (None, there) for size, there in zip(sizes, found["shape"], strict=True)
+        ):
+            wanted = ", ".join("any" if size is None else str(size) for size in sizes)
+            raise UserError(f"inputs: {name} must have the shape [{wanted}], and has {found['shape']}")
