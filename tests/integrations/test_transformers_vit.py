@@ -9,6 +9,7 @@ import pytest
 import torch
 from models.tiny_vits import CASES, cast, outputs, relative_error
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import visionkernels as vk
 from visionkernels.integrations import _vit
@@ -18,6 +19,13 @@ NAMES = (
     "beit-shared",
 )  # fmt: skip
 OPERATORS = ("attention", "layer_norm", "linear", "gated_linear")
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """The models here are small: as if the host were fast enough for them."""
+    monkeypatch.setattr(_vit, "FEW_NUMBERS", 0)
+    return monkeypatch
 
 
 @pytest.fixture
@@ -109,6 +117,49 @@ def test_autocast(name, device, ran):
     assert ran["attention"] == 3
     assert ran["linear"]
     assert not ran["layer_norm"]  # which autocast has in float32
+
+
+@pytest.mark.parametrize("original", ["sdpa", "eager"])
+@pytest.mark.gpu
+def test_few_images_on_a_gpu_are_upstreams_but_in_a_cuda_graph(original, few, ran):
+    device = torch.device("cuda")
+    model, images = build("vit", torch.float16, device), pixels(torch.float16, device)
+    model.set_attn_implementation(original)
+    with torch.no_grad():
+        stock = model(images).last_hidden_state
+        vk.patch(model)
+        model(images)  # nothing can be compiled while a graph is captured
+        few.setattr(_vit, "FEW_NUMBERS", 2**30)
+        ran.update(dict.fromkeys(ran, 0))
+        got = model(images).last_hidden_state
+        assert not ran["layer_norm"] + ran["linear"]
+        assert ran["attention"] == (3 if original == "eager" else 0)  # upstream's eager one is slow
+        if original == "sdpa":
+            assert torch.equal(got, stock)
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            model(images)
+    assert ran["layer_norm"]
+    assert ran["linear"]
+    assert ran["attention"]
+
+
+@pytest.mark.parametrize(
+    ("numel", "dtype", "device", "waits"),
+    [
+        (2**20, torch.float16, "cuda", True),
+        (2**24, torch.float16, "cuda", False),
+        (2**20, torch.float32, "cuda", True),
+        (2**22, torch.float32, "cuda", False),
+        (2**10, torch.float16, "cpu", False),
+    ],
+)
+def test_which_inputs_wait_for_the_host(monkeypatch, numel, dtype, device, waits):
+    monkeypatch.undo()
+    with FakeTensorMode():
+        input = torch.empty(numel, dtype=dtype, device=device)
+    for capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        assert _vit.waits_for_the_host(input) is (waits and not capturing)
 
 
 def test_masks_and_what_is_left_to_upstream(ran):

@@ -35,7 +35,9 @@ def patch(model: nn.Module) -> PatchReport:
     SigLIP), alone or as a backbone, the attention function, the MLPs and the layer norms are replaced; hooks,
     `output_hidden_states` and the layers' own code stay. These operators are for inference and compute no gradients:
     under `torch.no_grad()` or `torch.inference_mode()` they run, and where a gradient is asked for (grad mode is on and
-    an input or a parameter requires one) upstream's code runs, so that training works as before. It also runs for
+    an input or a parameter requires one) upstream's code runs, so that training works as before. It also runs for few
+    images on a GPU (up to 60 to 80 of 224x224 in half precision), outside of compiled code and CUDA graphs: there the
+    host decides the time, and launches PyTorch's own kernels sooner; `visionkernels.ViT` is fast there. It runs for
     norms under `torch.autocast`, in an attention with active dropout, and in an MLP whose linear layers have hooks, are
     quantised or otherwise not plain; and in all attentions of a model that was made with eager attention, for a call
     that asks for `output_attentions`. Else attention weights are not returned, as with `sdpa`.
