@@ -7,7 +7,7 @@ is of sizes that do not fit the value.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -20,18 +20,12 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from visionkernels.export import _standard
 from visionkernels.export._open_sizes import tensor_of
 from visionkernels.ops._common import cdiv
-from visionkernels.ops.deformable_attention import registration
+from visionkernels.ops.deformable_attention.problem import Problem
 
 
 def lowered() -> dict[Any, Callable[..., Any]]:
     """Every operator of this package, and its form in a package: a launch of its kernel, or PyTorch's operators."""
-    return {
-        **_standard.lowered(),
-        registration.FORWARD: ms_deform_attn,
-        registration.FORWARD_NO_GRAD: ms_deform_attn,
-        registration.FUSED_FORWARD: fused_ms_deform_attn,
-        registration.FUSED_FORWARD_NO_GRAD: fused_ms_deform_attn,
-    }
+    return _standard.lowered() | _standard.of_attention(ms_deform_attn, fused_ms_deform_attn)
 
 
 def count(program: ExportedProgram) -> int:
@@ -41,34 +35,25 @@ def count(program: ExportedProgram) -> int:
 
 def ms_deform_attn(*arguments: Any) -> Tensor:
     """The plain operator; arguments and result are those of its schema."""
-    value, spatial_shapes, level_sizes, points, weights, *options, method = arguments
-    output = None
-    if method == "bilinear":
-        output = _launched(value, spatial_shapes, level_sizes, points, weights, None, None, *options)
+    value, shapes, sizes, points, weights, *options = arguments
+    output = _launched(Problem(value, shapes, tuple(sizes or ()), points, weights, None, None, *options))
     return _standard.ms_deform_attn(*arguments) if output is None else output
 
 
 def fused_ms_deform_attn(*arguments: Any) -> Tensor:
     """The fused operator; arguments and result are those of its schema."""
-    output = _launched(*arguments)
+    value, shapes, sizes, *others = arguments
+    output = _launched(Problem(value, shapes, tuple(sizes or ()), *others))
     return _standard.fused_ms_deform_attn(*arguments) if output is None else output
 
 
-def _launched(
-    value: Tensor,
-    spatial_shapes: Tensor | None,
-    level_sizes: Sequence[int] | None,
-    points: Tensor,
-    weights: Tensor,
-    reference_points: Tensor | None,
-    value_mask: Tensor | None,
-    num_points: Sequence[int],
-    padding_mode: str,
-    align_corners: bool,
-) -> Tensor | None:
+def _launched(problem: Problem) -> Tensor | None:
     """The output; or None for what this kernel does not take: older GPUs, float64, heads of an unusual size."""
-    tensors = (value, points, weights, reference_points)
+    value, points, references, mask = problem.value, problem.points, problem.reference_points, problem.value_mask
+    tensors = (value, points, problem.weights, references)
     if value.device.type != "cuda" or any(t is not None and t.dtype == torch.float64 for t in tensors):
+        return None
+    if problem.method != "bilinear":
         return None
     from visionkernels.ops.deformable_attention import plan, tile
 
@@ -76,9 +61,9 @@ def _launched(
     num_queries = points.shape[1]
     value, points = value.contiguous(), points.contiguous()
     common = plan.common_of(
-        num_heads * head_dim, num_heads, head_dim, tuple(num_points),
-        None if reference_points is None else tuple(reference_points.shape), value_mask is not None, padding_mode,
-        align_corners, True, _begins_at_multiple(points, 2 * points.dtype.itemsize),
+        num_heads * head_dim, num_heads, head_dim, tuple(problem.num_points),
+        None if references is None else tuple(references.shape), mask is not None, problem.padding_mode,
+        problem.align_corners, True, _begins_at_multiple(points, 2 * points.dtype.itemsize),
     )  # fmt: skip
     if common.num_samples == 0:
         return value.new_zeros(batch, num_queries, num_heads * head_dim)
@@ -94,15 +79,14 @@ def _launched(
         or _of_the_example(too_large) > 0
     ):
         return None
-    if level_sizes is None:
-        assert spatial_shapes is not None
-        shapes = spatial_shapes.to(value.device).contiguous()
+    if problem.spatial_shapes is not None:
+        shapes = problem.spatial_shapes.to(value.device).contiguous()
     else:
-        shapes = tensor_of(list(level_sizes), torch.int32, value.device)
+        shapes = tensor_of(problem.level_sizes, torch.int32, value.device)
     arguments = (
-        value.new_empty(batch, num_queries, num_heads * head_dim), value, shapes, points, weights.contiguous(),
-        None if reference_points is None else reference_points.contiguous(),
-        None if value_mask is None else value_mask.contiguous().to(torch.uint8),
+        value.new_empty(batch, num_queries, num_heads * head_dim), value, shapes, points,
+        problem.weights.contiguous(), None if references is None else references.contiguous(),
+        None if mask is None else mask.contiguous().to(torch.uint8),
         num_pixels * num_heads * head_dim, head_dim, batch, num_pixels - too_large, num_queries,
         *common, *choice.constants,
     )  # fmt: skip

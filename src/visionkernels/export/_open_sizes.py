@@ -1,10 +1,10 @@
 """Keep sizes open where a model's own code would fix them to the numbers of the example.
 
-Five things in the models of transformers do so without need: `len(tensor)` and `torch_int(size)`, which make Python
-numbers, `torch.as_tensor` and `torch.linspace`, which take numbers alone, and `torch.take_along_dim`, which makes them.
-For the time of a trace each has a form that takes a symbol. `torch.isin`, `cummax` and `cummin`, which no ONNX operator
-is, are written out; and `torch_compilable_check` of a tensor, an assertion that none is either, is left out: our
-operators check sizes.
+Six things in the models of transformers do so without need: `len(tensor)` and `torch_int(size)`, which make Python
+numbers, `torch.as_tensor` and `torch.linspace`, which take numbers alone, `torch.take_along_dim`, which makes them, and
+`F.interpolate`, which asks how many channels there are where a mask has its batch. For the time of a trace each has a
+form that takes a symbol. `torch.isin`, `cummax` and `cummin`, which no ONNX operator is, are written out; and
+`torch_compilable_check` of a tensor, an assertion that none is either, is left out: our operators check sizes.
 """
 
 from __future__ import annotations

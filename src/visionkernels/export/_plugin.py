@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from visionkernels.errors import UserError
-from visionkernels.export._standard import level_shapes, packed, unfuse
-from visionkernels.ops.deformable_attention import registration
+from visionkernels.export._standard import level_shapes, of_attention, packed, unfuse
 
 OP_TYPE = "MultiscaleDeformableAttnPlugin_TRT"
 DOMAIN = "trt.plugins"  # TensorRT's parser looks at the name alone
@@ -58,12 +57,7 @@ def lowered(version: str) -> dict[Any, Callable[..., Any]]:
         value, locations, weights = unfuse(value, shapes, points, weights, reference_points, value_mask, num_points)
         return _node(value, shapes, locations, weights, list(num_points), version)
 
-    return {
-        registration.FORWARD: plain,
-        registration.FORWARD_NO_GRAD: plain,
-        registration.FUSED_FORWARD: fused,
-        registration.FUSED_FORWARD_NO_GRAD: fused,
-    }
+    return of_attention(plain, fused)
 
 
 def listed_levels(num_points: Sequence[int]) -> tuple[list[int], int]:

@@ -28,12 +28,19 @@ def lowered(opset: int | None = None) -> dict[Any, Callable[..., Any]]:
         opset: of ONNX, whose functions of a later one are written out; None for no ONNX.
     """
     return {
-        registration.FORWARD: ms_deform_attn,
-        registration.FORWARD_NO_GRAD: ms_deform_attn,
-        registration.FUSED_FORWARD: fused_ms_deform_attn,
-        registration.FUSED_FORWARD_NO_GRAD: fused_ms_deform_attn,
+        **of_attention(ms_deform_attn, fused_ms_deform_attn),
         **{operator: _without_backend(form) for operator, form in _inference.PYTORCH_FORMS.items()},
         **({} if opset is None else _older_opsets.written_out(opset)),
+    }
+
+
+def of_attention(plain: Callable[..., Any], fused: Callable[..., Any]) -> dict[Any, Callable[..., Any]]:
+    """The operators of deformable attention, and which of two forms each has."""
+    return {
+        registration.FORWARD: plain,
+        registration.FORWARD_NO_GRAD: plain,
+        registration.FUSED_FORWARD: fused,
+        registration.FUSED_FORWARD_NO_GRAD: fused,
     }
 
 

@@ -31,7 +31,7 @@ def tile_of(num_rows: int, channels: int, device: Device) -> Tile:
     brings its neighbours, so that each lane reads 16 bytes at least. Few rows are spread over more warps, for latency,
     and begin while the kernel before ends; of many, a warp takes two at once, for more reads under way.
     """
-    block = next_power_of_2(max(channels, 1))
+    block = next_power_of_2(channels)
     early = device.launches_early and num_rows <= 4096
     if block > 1024:
         return Tile(1, 1, min(block // 512, 32), early)
