@@ -112,11 +112,13 @@ def _quiet() -> Iterator[None]:
 def _pytorch_s_grid_sampler() -> Iterator[None]:
     """Without Inductor's form of it, which reads pixel by pixel: on a CPU PyTorch's own is ten times faster."""
     from torch._inductor.decomposition import decompositions, fast_random_decomps
+    from torch._inductor.lowering import make_fallback
 
     operator = torch.ops.aten.grid_sampler_2d.default
     tables = (decompositions, fast_random_decomps())  # Inductor keeps a copy
     forms = [table.pop(operator, None) for table in tables]
     try:
+        make_fallback(operator, warn=False)  # left to itself Inductor refuses to, where the variable CI is set
         yield
     finally:
         for table, form in zip(tables, forms, strict=True):
