@@ -194,12 +194,6 @@ def test_a_package_of_another(tmp_path):
         aoti.load(tmp_path / "other.pt2")
 
 
-def test_a_pytorch_that_cannot_run_single_threaded(monkeypatch):
-    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: None)
-    with pytest.raises(UserError, match=r"^run_single_threaded: needs PyTorch 2.7 or later, and this is "):
-        aoti.load("model.pt2", run_single_threaded=True)
-
-
 def test_a_package_must_end_in_pt2(tmp_path):
     subject = _samples.ms_deform_attn()
     with pytest.raises(UserError, match=r"must end in .pt2, and it is .*model.so"):

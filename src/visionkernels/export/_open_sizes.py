@@ -31,12 +31,14 @@ class Tracing(TorchFunctionMode):
 
     Attributes:
         calls: the operators of this package that were called.
+        outputs: the names of a ViT's outputs.
     """
 
     def __init__(self, lowered: Mapping[Any, Callable[..., Any]]) -> None:
         super().__init__()
         self._lowered = lowered
         self.calls: list[str] = []
+        self.outputs: tuple[str, ...] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call `func`, or the form of it that takes symbols."""

@@ -66,7 +66,7 @@ def trace(
         except Exception as error:
             raise UserError(f"model: torch.export cannot trace {type(module).__name__}: {one_line(error)}") from error
     _check_open(program, dynamic)
-    return Trace(program, tuple(traced.tracing.calls) or tuple(operators(program)), traced.outputs)
+    return Trace(program, tuple(traced.tracing.calls) or tuple(operators(program)), traced.tracing.outputs)
 
 
 def symbols(program: ExportedProgram, dynamic: Axes | None) -> dict[str, str]:
@@ -114,8 +114,6 @@ def outputs_of(found: ViTOutput) -> dict[str, Tensor]:
 class _Traced(nn.Module):
     """The module under the mode that keeps sizes open; its inputs come as one mapping, a ViT's outputs as a tuple."""
 
-    outputs: tuple[str, ...] | None = None
-
     def __init__(self, module: nn.Module, lowered: Lowered) -> None:
         super().__init__()
         self.module = module
@@ -127,7 +125,7 @@ class _Traced(nn.Module):
             found = self.module(**inputs)
         if isinstance(found, ViTOutput):
             named = outputs_of(found)
-            self.outputs = tuple(named)
+            self.tracing.outputs = tuple(named)  # not on the module: torch.export puts that back as it was
             return tuple(named.values())
         return found
 

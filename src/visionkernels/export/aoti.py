@@ -153,7 +153,7 @@ def load(path: str | Path, *, run_single_threaded: bool = False) -> Any:
     Args:
         path: a file that `export` wrote.
         run_single_threaded: leave out what lets several threads call the function at a time, which a CUDA graph cannot
-            capture. It needs PyTorch 2.7.
+            capture.
 
     Returns:
         The function. It takes a tensor for each input, by name, of the shapes and dtypes that the package was made for
@@ -168,17 +168,14 @@ def load(path: str | Path, *, run_single_threaded: bool = False) -> Any:
     Example:
         >>> logits, boxes = load("detector.pt2")({"pixel_values": torch.rand(1, 3, 256, 256)})  # doctest: +SKIP
     """
-    options = {"run_single_threaded": True} if run_single_threaded else {}
     try:
         if sys.platform == "linux":
             # PyTorch's libraries export parts of an older C++ library, and a package that is bound to them crashes in
             # `std::regex`. Names are looked for first in what was loaded globally.
             ctypes.CDLL("libstdc++.so.6", mode=ctypes.RTLD_GLOBAL)
-        package = torch._inductor.aoti_load_package(str(path), **options)
+        package = torch._inductor.aoti_load_package(str(path), run_single_threaded=run_single_threaded)
     except (RuntimeError, OSError) as error:
         raise UserError(f"package: {path} cannot be loaded: {one_line(error)}") from error
-    except TypeError as error:
-        raise UserError(f"run_single_threaded: needs PyTorch 2.7 or later, and this is {torch.__version__}") from error
     known = json.loads(package.get_metadata().get(INPUTS, "null"))
     if known is None:
         raise UserError(

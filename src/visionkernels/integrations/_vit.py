@@ -232,7 +232,7 @@ def _precision(input: Tensor) -> str:
     if input.dtype != torch.float32 or not input.is_cuda:
         return "ieee"
     settings = torch.backends.cuda.matmul
-    if torch.compiler.is_compiling() or not hasattr(settings, "fp32_precision"):  # which compiling cannot read
+    if torch.compiler.is_compiling():  # which cannot read the other
         return "tf32" if settings.allow_tf32 else "ieee"
     return "tf32" if settings.fp32_precision == "tf32" else "ieee"
 

@@ -141,18 +141,17 @@ def test_the_precision_of_the_process_is_put_back():
     class Cuda:
         is_cuda, dtype = True, F32
 
-    settings, name, _ = cpu._setting("ieee")
-    before = getattr(settings, name)
-    values = [cpu._setting(precision)[2] for precision in ("ieee", "tf32")]
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
     try:
-        for setting in values:
-            setattr(settings, name, setting)
-            for precision, asked in zip(("ieee", "tf32"), values, strict=True):
+        for setting in ("ieee", "tf32"):
+            settings.fp32_precision = setting
+            for precision in ("ieee", "tf32"):
                 with cpu.float32_precision(Cuda, precision):
-                    assert getattr(settings, name) == asked
-                assert getattr(settings, name) == setting
+                    assert settings.fp32_precision == precision
+                assert settings.fp32_precision == setting
                 with pytest.raises(KeyError), cpu.float32_precision(Cuda, precision):
                     raise KeyError
-                assert getattr(settings, name) == setting
+                assert settings.fp32_precision == setting
     finally:
-        setattr(settings, name, before)
+        settings.fp32_precision = before

@@ -104,8 +104,6 @@ def check_bias(bias: Tensor | None, query: Tensor, window: Sequence[int] | None)
     axes, tokens = ("[B, H, N, N]", tokens) if window is None else ("[B, H, n, n] of a window", window[2] * window[3])
     check_table("bias", bias, f"broadcastable to {axes}", None, query)
     expected = (batch, heads, tokens, tokens)
-    fits = bias.dim() <= 4 and all(
-        size in (1, wanted) for size, wanted in zip(bias.shape[::-1], expected[::-1], strict=False)
-    )
+    fits = bias.dim() <= 4 and all(bias.shape[axis] in (1, expected[axis]) for axis in range(-bias.dim(), 0))
     if not fits:
         raise ValueError(f"bias must be broadcastable to {axes} = {list(expected)}, got {list(bias.shape)}")

@@ -100,24 +100,16 @@ def float32_precision(input: Tensor, precision: str) -> Iterator[None]:
     if not (input.is_cuda and input.dtype == torch.float32):
         yield
         return
-    settings, name, asked = _setting(precision)
+    settings = torch.backends.cuda.matmul
     with _SETTING:
-        before = getattr(settings, name)
-        if before != asked:
-            setattr(settings, name, asked)
+        before = settings.fp32_precision
+        if before != precision:
+            settings.fp32_precision = precision
         try:
             yield
         finally:
-            if before != asked:
-                setattr(settings, name, before)
+            if before != precision:
+                settings.fp32_precision = before
 
 
 _SETTING = threading.RLock()
-
-
-def _setting(precision: str) -> tuple[object, str, object]:
-    """The object and the attribute that hold cuBLAS's precision, and what to put there."""
-    settings = torch.backends.cuda.matmul
-    if hasattr(settings, "fp32_precision"):  # from PyTorch 2.9 on, where the older name warns
-        return settings, "fp32_precision", precision
-    return settings, "allow_tf32", precision == "tf32"
