@@ -10,7 +10,7 @@ import zipfile
 import pytest
 import torch
 from torch._higher_order_ops import triton_kernel_wrap
-from torch._inductor import decomposition
+from torch._inductor import decomposition, lowering
 
 import visionkernels as vk
 from visionkernels.errors import UserError
@@ -143,8 +143,10 @@ def test_pytorch_s_grid_sampler_is_left_alone_for_the_time_of_an_export(compiled
     form = decomposition.decompositions[operator]
     if compiled_before:
         decomposition.select_decomp_table()
+    lowering.lowerings.pop(operator, None)
     with aoti._pytorch_s_grid_sampler():
         assert operator not in decomposition.select_decomp_table()
+        assert operator in lowering.lowerings
     assert decomposition.select_decomp_table()[operator] is decomposition.decompositions[operator] is form
 
 
@@ -154,12 +156,27 @@ class Difference(torch.nn.Module):
 
 
 @pytest.fixture(scope="module")
-def difference(tmp_path_factory):
-    """A package of `a - b`, with an open size, as a function."""
+def package(tmp_path_factory):
+    """A package of `a - b`, with an open size."""
     path = tmp_path_factory.mktemp("package") / "model.pt2"
     inputs = {"a": torch.rand(2, 3), "b": torch.rand(2, 3)}
     aoti.export(Difference().eval(), inputs, path, dynamic={"a": {0: "batch"}, "b": {0: "batch"}})
-    return aoti.load(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def difference(package):
+    return aoti.load(package)
+
+
+@needs_compiler
+@pytest.mark.parametrize("options", [{}, {"run_single_threaded": True}], ids=["threads", "one thread"])
+def test_a_package_is_loaded_as_asked(package, options, monkeypatch):
+    asked, load = [], torch._inductor.aoti_load_package
+    record = lambda path, **options: asked.append(options) or load(path, **options)  # noqa: E731
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", record)
+    assert aoti.load(package, **options)({"a": torch.ones(2, 3), "b": torch.ones(2, 3)})[0].sum() == 0
+    assert asked == [{"run_single_threaded": bool(options)}]
 
 
 @needs_compiler

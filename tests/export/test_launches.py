@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+from torch._inductor.codegen import wrapper
 
 from visionkernels.export import _launches, _samples, _trace
 from visionkernels.export._subject import Subject
@@ -221,7 +222,6 @@ def test_nearest_sampling_is_left_to_operators_of_pytorch(launches, monkeypatch)
 @pytest.mark.parametrize("make", [_samples.ms_deform_attn, _samples.msdeformattn], ids=["plain", "fused"])
 def test_the_text_that_inductor_takes_is_the_whole_kernel(launches, make, tmp_path):
     """Inductor collects a kernel's helpers by their names, so no two that differ may share one."""
-    wrapper = pytest.importorskip("torch._inductor.codegen.wrapper")
     (launch,), _ = launches(make())
     kernel = kernel_side_table.get_kernel(launch["kernel_idx"]).fn
     constants = kernel_side_table.get_constant_args(launch["constant_args_idx"])

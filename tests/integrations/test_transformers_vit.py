@@ -398,6 +398,22 @@ def test_conversion_after_patching(ran):
     assert ran["attention"] == 3
 
 
+@pytest.mark.parametrize("general", [False, True], ids=["its own", "of all"])
+def test_the_precision_of_float32_is_known_to_compiled_code(general):
+    """Dynamo reads neither of the process's settings by itself, one of which raises once the other was used."""
+    own = torch.backends.cuda.matmul
+    setting = torch.backends if general else own
+    before = torch.backends.fp32_precision, own.fp32_precision
+    call = torch.compile(lambda x: x + 1 if _vit._float32_precision() == "tf32" else x, fullgraph=True, backend="eager")
+    try:
+        own.fp32_precision = "none"
+        for precision, expected in (("tf32", 1), ("ieee", 0), ("tf32", 1)):
+            setting.fp32_precision = precision
+            assert call(torch.zeros(())) == expected
+    finally:
+        torch.backends.fp32_precision, own.fp32_precision = before
+
+
 def test_torch_compile(ran):
     model = build("vit")
     vk.patch(model)

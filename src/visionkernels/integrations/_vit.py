@@ -231,10 +231,12 @@ def _precision(input: Tensor) -> str:
     """How this process has products of float32 made, for the operator."""
     if input.dtype != torch.float32 or not input.is_cuda:
         return "ieee"
-    settings = torch.backends.cuda.matmul
-    if torch.compiler.is_compiling():  # which cannot read the other
-        return "tf32" if settings.allow_tf32 else "ieee"
-    return "tf32" if settings.fp32_precision == "tf32" else "ieee"
+    return _float32_precision()
+
+
+@torch.compiler.assume_constant_result  # Dynamo cannot read the setting; it does compile anew when it has changed
+def _float32_precision() -> str:
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _upstream(self: nn.Module, input: Tensor) -> Tensor:

@@ -175,6 +175,20 @@ def test_shapes_in_a_tensor(backend, dtype, size):
     check_fused(backend.fused_ms_deform_attn, case, *make_fused_inputs(case, backend.device), spatial_shapes=shapes)
 
 
+@pytest.mark.parametrize("wrong", [((60, 60), (3, 2)), ((4, 6), (3, 1)), ((0, 0), (0, 0)), ((4, 6), (2**32 - 1,) * 2)])
+@pytest.mark.parametrize("size", [2, 4])
+def test_shapes_in_a_tensor_that_do_not_add_up_give_nan(backend, wrong, size):
+    """The host does not read a GPU's; nothing is read by them, and nothing gets a gradient."""
+    if backend.name == "cpu":
+        pytest.skip("there the host reads them, and raises")
+    leaves, mask = make_fused_inputs(Case(shapes=((4, 6), (3, 2)), masked=True, reference_size=size), backend.device)
+    wrong = torch.tensor(wrong, device=backend.device)
+    attend = lambda v, r, o, w: backend.fused_ms_deform_attn(v, wrong, r, o, w, value_mask=mask)  # noqa: E731
+    output, *others = gradients(attend, leaves, torch.ones_like(attend(*leaves)))
+    assert output.isnan().all()
+    assert not any(gradient.any() for gradient in others)
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_is_the_unfused_attention_of_softmax_and_locations(device, size):
     """x is divided by the width and y by the height: on levels that are no squares the difference shows."""

@@ -155,3 +155,20 @@ def test_the_precision_of_the_process_is_put_back():
                 assert settings.fp32_precision == setting
     finally:
         settings.fp32_precision = before
+
+
+def test_a_precision_that_is_inherited_stays_so():
+    class Cuda:
+        is_cuda, dtype = True, F32
+
+    general, settings = torch.backends, torch.backends.cuda.matmul
+    before = general.fp32_precision, settings.fp32_precision
+    try:
+        general.fp32_precision, settings.fp32_precision = "tf32", "none"
+        with cpu.float32_precision(Cuda, "ieee"):
+            assert settings.fp32_precision == "ieee"
+        assert settings.fp32_precision == "tf32"
+        general.fp32_precision = "ieee"
+        assert settings.fp32_precision == "ieee"
+    finally:
+        general.fp32_precision, settings.fp32_precision = before

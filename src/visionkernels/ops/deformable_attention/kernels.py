@@ -238,7 +238,8 @@ def _backward_kernel(
         reference_ptr += first_query * (REFERENCE_LEVELS * REFERENCE_SIZE)
         peak, total = softmax_parts(weight_ptr, offs_sample, mask_row, ACC, NUM_SAMPLES)
         if NEEDS_POINTS:
-            mask_output = mask_point[:, None] & mask_d[None, :]  # where shapes do not fit it is NaN, and gradients are 0
+            # Where shapes do not fit the output is NaN, and gradients are 0.
+            mask_output = mask_point[:, None] & mask_d[None, :]
             output = tl.load(output_ptr + offs_tile, mask=mask_output, other=0).to(ACC)
             grad_dot_output = tl.sum(grad_output * output, axis=1)  # [ROWS]
 

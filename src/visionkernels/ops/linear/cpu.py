@@ -109,7 +109,9 @@ def float32_precision(input: Tensor, precision: str) -> Iterator[None]:
             yield
         finally:
             if before != precision:
-                settings.fp32_precision = before
+                settings.fp32_precision = "none"  # then it is torch.backends.fp32_precision, which it may have been
+                if settings.fp32_precision != before:
+                    settings.fp32_precision = before
 
 
 _SETTING = threading.RLock()
