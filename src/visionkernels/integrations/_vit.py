@@ -234,9 +234,13 @@ def _precision(input: Tensor) -> str:
     return _float32_precision()
 
 
-@torch.compiler.assume_constant_result  # Dynamo cannot read the setting; it does compile anew when it has changed
 def _float32_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+# Dynamo cannot read the setting, but compiles anew when it has changed. This is what
+# `torch.compiler.assume_constant_result` sets, which would import Dynamo for it.
+_float32_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _upstream(self: nn.Module, input: Tensor) -> Tensor:
