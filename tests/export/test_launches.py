@@ -20,7 +20,6 @@ from torch._inductor.codegen import wrapper
 from visionkernels.export import _launches, _samples, _trace
 from visionkernels.export._subject import Subject
 from visionkernels.ops.deformable_attention import plan
-from visionkernels.ops.deformable_attention.problem import Problem
 
 OPEN = ("batch", "queries", "height_0", "width_1")
 pytestmark = pytest.mark.skipif(
@@ -136,7 +135,7 @@ def test_what_is_launched(monkeypatch, case):
     monkeypatch.setattr(torch.Tensor, "contiguous", _contiguous)
     with FakeTensorMode(allow_non_fake_inputs=True):
         arguments = _arguments(**{name: what for name, what in case.items() if name not in ("launched", "warps")})
-        output = _launches._launched(problem_of(arguments))
+        output = _launches._launched(_launches.problem_of(*arguments))
     assert (output is not None) == case.get("launched", True) == bool(recorded)
     if not recorded:
         return
@@ -152,11 +151,6 @@ def test_what_is_launched(monkeypatch, case):
     assert (named["REFERENCE_LEVELS"], named["REFERENCE_SIZE"]) == case.get("references", (1, 0))
     assert not named["HAS_MASK"] or named["mask_ptr"].dtype == torch.uint8
     assert named["num_pixels"] == value.shape[1]
-
-
-def problem_of(arguments):
-    value, shapes, sizes, *others = arguments
-    return Problem(value, shapes, tuple(sizes or ()), *others)
 
 
 def _contiguous(tensor):
@@ -198,7 +192,7 @@ def test_coordinates_that_begin_anywhere_are_read_one_by_one(monkeypatch, first,
         arguments[3] = torch.empty(points.numel() + first, device="cuda").as_strided(
             points.shape, points.stride(), first
         )
-        _launches._launched(problem_of(arguments))
+        _launches._launched(_launches.problem_of(*arguments))
     kernel, _, _, launch = recorded[0]
     assert dict(zip(kernel.arg_names, launch, strict=True))["XY_IN_ONE_WORD"] == at_once
 
@@ -206,7 +200,7 @@ def test_coordinates_that_begin_anywhere_are_read_one_by_one(monkeypatch, first,
 def test_without_samples_the_output_is_zero():
     with FakeTensorMode(allow_non_fake_inputs=True):
         arguments = _arguments(num_points=(0, 0), shapes=torch.tensor([[4, 5], [2, 3]]))
-        assert _launches._launched(problem_of(arguments)).shape == (2, 7, 32)
+        assert _launches._launched(_launches.problem_of(*arguments)).shape == (2, 7, 32)
 
 
 def test_nearest_sampling_is_left_to_operators_of_pytorch(launches, monkeypatch):

@@ -35,25 +35,27 @@ def count(program: ExportedProgram) -> int:
 
 def ms_deform_attn(*arguments: Any) -> Tensor:
     """The plain operator; arguments and result are those of its schema."""
-    value, shapes, sizes, points, weights, *options = arguments
-    output = _launched(Problem(value, shapes, tuple(sizes or ()), points, weights, None, None, *options))
+    output = _launched(problem_of(*arguments[:5], None, None, *arguments[5:]))
     return _standard.ms_deform_attn(*arguments) if output is None else output
 
 
 def fused_ms_deform_attn(*arguments: Any) -> Tensor:
     """The fused operator; arguments and result are those of its schema."""
-    value, shapes, sizes, *others = arguments
-    output = _launched(Problem(value, shapes, tuple(sizes or ()), *others))
+    output = _launched(problem_of(*arguments))
     return _standard.fused_ms_deform_attn(*arguments) if output is None else output
+
+
+def problem_of(value: Tensor, spatial_shapes: Tensor | None, level_sizes: Any, *others: Any) -> Problem:
+    """The arguments of the fused operator's schema. Shapes are not read, as they are in a call: they may be symbols."""
+    return Problem(value, spatial_shapes, tuple(level_sizes or ()), *others)
 
 
 def _launched(problem: Problem) -> Tensor | None:
     """The output; or None for what this kernel does not take: older GPUs, float64, heads of an unusual size."""
     value, points, references, mask = problem.value, problem.points, problem.reference_points, problem.value_mask
     tensors = (value, points, problem.weights, references)
-    if value.device.type != "cuda" or any(t is not None and t.dtype == torch.float64 for t in tensors):
-        return None
-    if problem.method != "bilinear":
+    is_double = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    if value.device.type != "cuda" or is_double or problem.method != "bilinear":
         return None
     from visionkernels.ops.deformable_attention import plan, tile
 

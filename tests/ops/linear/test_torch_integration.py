@@ -135,12 +135,12 @@ def test_an_odd_number_of_gated_rows_is_refused():
         gated_linear(X, W[:5])
 
 
+class Cuda:
+    is_cuda, dtype = True, F32
+
+
 def test_the_precision_of_the_process_is_put_back():
     """On a stand-in of a CUDA tensor: the setting is the host's."""
-
-    class Cuda:
-        is_cuda, dtype = True, F32
-
     settings = torch.backends.cuda.matmul
     before = settings.fp32_precision
     try:
@@ -158,9 +158,6 @@ def test_the_precision_of_the_process_is_put_back():
 
 
 def test_a_precision_that_is_inherited_stays_so():
-    class Cuda:
-        is_cuda, dtype = True, F32
-
     general, settings = torch.backends, torch.backends.cuda.matmul
     before = general.fp32_precision, settings.fp32_precision
     try:

@@ -103,15 +103,16 @@ def float32_precision(input: Tensor, precision: str) -> Iterator[None]:
     settings = torch.backends.cuda.matmul
     with _SETTING:
         before = settings.fp32_precision
-        if before != precision:
-            settings.fp32_precision = precision
+        if before == precision:
+            yield
+            return
+        settings.fp32_precision = precision
         try:
             yield
         finally:
-            if before != precision:
-                settings.fp32_precision = "none"  # then it is torch.backends.fp32_precision, which it may have been
-                if settings.fp32_precision != before:
-                    settings.fp32_precision = before
+            settings.fp32_precision = "none"  # then it is torch.backends.fp32_precision, which it may have been
+            if settings.fp32_precision != before:
+                settings.fp32_precision = before
 
 
 _SETTING = threading.RLock()
