@@ -134,6 +134,52 @@ def test_pool_serves_inside_and_outside_of_inference_mode() -> None:
     assert capture.batches == [2]
 
 
+def replay(graphs: GraphPool, pixels: Tensor, options: tuple = ()) -> Any:
+    return graphs.replay(pixels, options, lambda: True)
+
+
+def test_a_call_like_an_earlier_one_is_replayed() -> None:
+    graphs, capture = pool()
+    for batch in (8, 7):  # 7 in the graph of 8
+        pixels = torch.randn(batch, 3, 4, 4)
+        assert replay(graphs, pixels) is None
+        graphs.run(forward, pixels, torch.float32)
+    for batch in (8, 7, 8):
+        pixels = torch.randn(batch, 3, 4, 4)
+        same(replay(graphs, pixels), forward(pixels))
+        assert graphs.replay(pixels, (), lambda: False) is None
+        for other, options in ((pixels.double(), ()), (pixels[:1], ()), (pixels[..., :2], ()), (pixels, ("states",))):
+            assert replay(graphs, other, options) is None
+    assert capture.batches == [8]
+
+
+def test_a_dropped_graph_is_not_replayed() -> None:
+    graphs, _ = pool(max_graphs=2)
+    one, two, three = (torch.randn(1, 3, side, 4) for side in (1, 2, 3))
+    graphs.run(forward, one, torch.float32)
+    graphs.run(forward, two, torch.float32)
+    same(replay(graphs, one), forward(one))  # and so it is the last one used
+    graphs.run(forward, three, torch.float32)
+    assert replay(graphs, two) is None
+    same(replay(graphs, one), forward(one))
+    graphs.clear()
+    assert replay(graphs, one) is None
+
+
+@pytest.mark.parametrize("batch", [8, 7])
+def test_a_replay_in_another_mode_of_autograd(batch: int) -> None:
+    modes = (torch.inference_mode, torch.no_grad, torch.enable_grad)
+    for first in modes:
+        graphs, _ = pool()
+        with first():
+            graphs.run(forward, torch.randn(8, 3, 4, 4), torch.float32)
+            graphs.run(forward, torch.randn(batch, 3, 4, 4), torch.float32)
+        for second in modes:
+            with second():
+                pixels = torch.randn(batch, 3, 4, 4)
+                same(replay(graphs, pixels), forward(pixels))
+
+
 def test_a_failed_capture_leaves_the_pool_as_it_was() -> None:
     graphs, _ = pool()
     run(graphs, 1)
@@ -163,6 +209,10 @@ def test_threads() -> None:
 
 def test_what_is_no_case_for_a_graph() -> None:
     assert not GraphPool.applies(torch.zeros(1, 3, 4, 4))  # on the CPU
+    graphs, capture = pool()
+    empty = torch.zeros(0, 3, 4, 4)
+    assert graphs.run(forward, empty, torch.float32).last_hidden_state.shape == empty.shape
+    assert not capture.batches
 
 
 def test_a_model_on_the_cpu_captures_nothing() -> None:

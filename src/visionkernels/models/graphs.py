@@ -6,17 +6,17 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 MAX_GRAPHS = 16
 MEMORY_SHARE = 4  # the graphs may hold a quarter of the device's memory
 PADDING = 1.25  # a batch runs in a graph of up to a quarter more images: that costs less than most captures
 
 Key = tuple[Hashable, ...]
+GraphKey = tuple[Key, int]  # what decides a forward, and the batch
 
 
 class Outputs(Protocol):
@@ -50,18 +50,38 @@ class Captured:
     bytes: int
     forward: Forward | None = None
 
-    def results(self, batch: int) -> Any:
-        """The first outputs, in memory of their own."""
-        return self.outputs.map(lambda output: output[:batch].clone())
+
+class Call(NamedTuple):
+    """Where a call of one shape runs.
+
+    Attributes:
+        key: Of its graph in the pool.
+        captured: The graph.
+        pixels: What the call fills of the graph's input.
+    """
+
+    key: GraphKey
+    captured: Captured
+    pixels: Tensor
+
+    def start(self, pixel_values: Tensor) -> None:
+        """Run the kernels on these pixels."""
+        self.pixels.copy_(pixel_values)
+        self.captured.replay()
+
+    def results(self) -> Any:
+        """The call's part of the outputs, in memory of their own."""
+        batch = self.pixels.shape[0]
+        return self.captured.outputs.map(lambda output: output[:batch].clone())
 
 
 def operators_are_traced() -> bool:
     """Whether operators are compiled, exported, counted or replaced, and not just run."""
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch._C._is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or _get_current_dispatch_mode() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
     )
 
 
@@ -86,47 +106,47 @@ class GraphPool:
         self.max_graphs, self.max_bytes = max_graphs, max_bytes
         self._given = capture
         self._capture = capture
-        self._graphs: OrderedDict[Key, dict[int, Captured]] = OrderedDict()
-        self._order: OrderedDict[tuple[Key, int], None] = OrderedDict()
-        self._too_large: set[tuple[Key, int]] = set()
+        self._graphs: OrderedDict[GraphKey, Captured] = OrderedDict()  # the least recently used first
+        self._calls: dict[Key, Call] = {}
+        self._too_large: set[GraphKey] = set()
         self._lock = threading.RLock()
         self._stream: torch.cuda.Stream | None = None
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._graphs)
 
     @staticmethod
     def applies(pixel_values: Tensor) -> bool:
         """Whether a forward of these pixels can be captured and replayed here and at this time."""
         return (
-            not operators_are_traced()
-            and type(pixel_values) is Tensor
+            type(pixel_values) is Tensor
             and pixel_values.is_cuda
-            and pixel_values.dim() == 4
-            and pixel_values.shape[0] > 0
+            and not operators_are_traced()
             and not torch.cuda.is_current_stream_capturing()
         )
 
-    def replay(self, pixel_values: Tensor, dtype: torch.dtype, options: Key, holds: Callable[[], bool]) -> Any:
-        """What an earlier forward of this size would return, by a replay.
+    def replay(self, pixel_values: Tensor, options: Key, holds: Callable[[], bool]) -> Any:
+        """What an earlier `run` with pixels of this shape and dtype would return, by a replay.
+
+        A GPU with nothing to do waits for whatever is done here before the launch; so little is.
 
         Args:
             pixel_values: `[B, ...]`.
-            dtype: As of `run`.
             options: As of `run`.
             holds: Whether the graphs are still right, asked while the kernels run; it may drop them.
 
         Returns:
-            The outputs, in memory of their own; None without such a graph, or if they are not right.
+            The outputs, in memory of their own; None without such a call, or if they are not right.
         """
-        batch = pixel_values.shape[0]
         with self._lock:
-            captured = self._find(self._key(pixel_values, dtype, options), batch)
-            if captured is None:
+            call = self._calls.get(_call_key(pixel_values, options))
+            if call is None:
                 holds()
                 return None
-            self._start(captured, pixel_values)
-            return captured.results(batch) if holds() else None
+            self._wait(pixel_values)
+            call.start(pixel_values)
+            self._graphs.move_to_end(call.key)
+            return call.results() if holds() else None
 
     def run(self, forward: Forward, pixel_values: Tensor, dtype: torch.dtype, options: Key = ()) -> Any:
         """What `forward(pixel_values)` returns, by a replay.
@@ -135,19 +155,28 @@ class GraphPool:
             forward: The forward, with outputs whose first axis is the batch.
             pixel_values: `[B, ...]`.
             dtype: Of the graph's input; the pixels are converted.
-            options: What else decides the forward.
+            options: What else decides the forward; for pixels of a dtype they decide `dtype` as well.
 
         Returns:
             The outputs, in memory of their own.
         """
         batch = pixel_values.shape[0]
-        key = self._key(pixel_values, dtype, options)
+        if batch == 0:
+            return forward(pixel_values)
+        kind = (pixel_values.shape[1:], dtype, pixel_values.device, options)
         with self._lock:
-            captured = self._find(key, batch) or self._add(forward, key, batch, pixel_values, dtype)
-            if captured is None:
-                return forward(pixel_values)
-            self._start(captured, pixel_values)
-            return captured.results(batch)
+            key = self._find(kind, batch)
+            if key is None:
+                key = (kind, batch)
+                if not self._add(forward, key, pixel_values, dtype):
+                    return forward(pixel_values)
+            self._graphs.move_to_end(key)
+            captured = self._graphs[key]
+            call = Call(key, captured, captured.pixels[:batch])
+            self._calls[_call_key(pixel_values, options)] = call
+            self._wait(pixel_values)
+            call.start(pixel_values)
+            return call.results()
 
     def clear(self) -> None:
         """Drop all graphs."""
@@ -155,34 +184,20 @@ class GraphPool:
             if self._stream is not None:
                 self._stream.synchronize()  # their memory may go to anyone now
             self._graphs.clear()
-            self._order.clear()
+            self._calls.clear()
             self._too_large.clear()
             self._capture = self._given
             self._stream = None
 
-    @staticmethod
-    def _key(pixel_values: Tensor, dtype: torch.dtype, options: Key) -> Key:
-        return (pixel_values.shape[1:], dtype, pixel_values.device, *options)
+    def _find(self, kind: Key, batch: int) -> GraphKey | None:
+        """The key of this batch's graph, or of the next larger one that is small enough."""
+        sizes = [size for other, size in self._graphs if other == kind and batch <= size <= PADDING * batch]
+        return (kind, min(sizes)) if sizes else None
 
-    def _start(self, captured: Captured, pixel_values: Tensor) -> None:
-        self._wait(pixel_values)
-        batch, size = pixel_values.shape[0], captured.pixels.shape[0]
-        (captured.pixels if batch == size else captured.pixels[:batch]).copy_(pixel_values)
-        captured.replay()
-
-    def _find(self, key: Key, batch: int) -> Captured | None:
-        """The graph of this batch, or of the next larger one that is small enough."""
-        sizes = self._graphs.get(key, {})
-        size = min((size for size in sizes if batch <= size <= PADDING * batch), default=None)
-        if size is None:
-            return None
-        self._order.move_to_end((key, size))
-        return sizes[size]
-
-    def _add(self, forward: Forward, key: Key, batch: int, like: Tensor, dtype: torch.dtype) -> Captured | None:
-        """Capture a graph, and drop old ones where there are too many; None for one that is too large."""
-        if (key, batch) in self._too_large:
-            return None
+    def _add(self, forward: Forward, key: GraphKey, like: Tensor, dtype: torch.dtype) -> bool:
+        """Capture a graph, and drop old ones where there are too many; False for one that is too large."""
+        if key in self._too_large:
+            return False
         if self._capture is None:
             self._capture = CUDACapture(like.device)
         limit = self.max_bytes
@@ -194,17 +209,16 @@ class GraphPool:
             captured = self._capture(forward, pixels)
             captured.forward = forward
         if captured.bytes > limit:
-            self._too_large.add((key, batch))
-            return None
-        while self._order and (len(self) >= self.max_graphs or self._bytes() + captured.bytes > limit):
-            (old, size), _ = self._order.popitem(last=False)
-            del self._graphs[old][size]
-        self._graphs.setdefault(key, {})[batch] = captured
-        self._order[key, batch] = None
-        return captured
+            self._too_large.add(key)
+            return False
+        while self._graphs and (len(self) >= self.max_graphs or self._bytes() + captured.bytes > limit):
+            old, _ = self._graphs.popitem(last=False)
+            self._calls = {name: call for name, call in self._calls.items() if call.key != old}
+        self._graphs[key] = captured
+        return True
 
     def _bytes(self) -> int:
-        return sum(captured.bytes for sizes in self._graphs.values() for captured in sizes.values())
+        return sum(captured.bytes for captured in self._graphs.values())
 
     def _wait(self, pixel_values: Tensor) -> None:
         """Let this stream wait for the replays of another."""
@@ -217,6 +231,10 @@ class GraphPool:
         if self._stream is not None:
             stream.wait_stream(self._stream)
         self._stream = stream
+
+
+def _call_key(pixel_values: Tensor, options: Key) -> Key:
+    return (pixel_values.shape, pixel_values.dtype, pixel_values.device, options)
 
 
 class CUDACapture:
