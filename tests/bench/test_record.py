@@ -101,6 +101,8 @@ def test_the_full_table_has_every_figure_with_its_quantiles():
     assert "NVIDIA H200, driver 580.1; visionkernels 0.1.0" in text
     assert torch.__version__ in text
     assert "- gone: not measured, ImportError: no" in lines
+    resumed = full_tables(a_record(*rows, a_row("gone")))
+    assert "- gone: not measured in the other cases, ImportError: no" in resumed.splitlines()
 
 
 def test_terminal_tables_are_at_most_100_columns():

@@ -40,7 +40,11 @@ def method(record: Record) -> str:
 
 def remarks(record: Record) -> list[str]:
     """What the tables cannot show: who is absent, refused or failed, and why."""
-    lines = [f"{name}: not measured, {reason}" for name, reason in record.absent.items()]
+    measured = {row.provider for row in record.rows}  # perhaps in some cases only, where a run was gone on with
+    lines = [
+        f"{name}: not measured{' in the other cases' if name in measured else ''}, {reason}"
+        for name, reason in record.absent.items()
+    ]
     for row in record.rows:
         if row.refused is not None:
             lines.append(f"{row.provider}, {row.dtype}: {row.refused}")
