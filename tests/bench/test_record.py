@@ -103,6 +103,8 @@ def test_the_full_table_has_every_figure_with_its_quantiles():
     assert "- gone: not measured, ImportError: no" in lines
     resumed = full_tables(a_record(*rows, a_row("gone")))
     assert "- gone: not measured in the other cases, ImportError: no" in resumed.splitlines()
+    refused = full_tables(a_record(*rows, a_row("gone", forward=None, refused="not here")))
+    assert "- gone: not measured, ImportError: no" in refused.splitlines()
 
 
 def test_terminal_tables_are_at_most_100_columns():

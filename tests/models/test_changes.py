@@ -66,6 +66,18 @@ def test_another_mean_is_another_graph(vit: ViT) -> None:
         vit(pixels)
 
 
+@pytest.mark.parametrize(("name", "values"), [("backend", ("auto", "pytorch")), ("precision", ("ieee", "tf32"))])
+@torch.no_grad()
+def test_another_setting_is_another_graph(vit: ViT, name: str, values: tuple[str, ...]) -> None:
+    pixels = torch.randn(1, 3, 32, 32)
+    for _ in range(2):
+        for value in values:
+            setattr(vit, name, value)
+            assert vit(pixels).hidden_states is None
+    assert len(vit._graphs) == 2
+    assert vit(pixels, output_hidden_states=True).hidden_states is not None
+
+
 def _replace(vit: ViT, other: ViT) -> None:
     vit.layers[0].fc1.weight = other.layers[0].fc1.weight
 

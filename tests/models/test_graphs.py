@@ -12,9 +12,10 @@ import pytest
 import torch
 from models.test_vit import CONFIGS, same
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from visionkernels.models import ViT, ViTOutput
-from visionkernels.models.graphs import Captured, GraphPool
+from visionkernels.models.graphs import Captured, GraphPool, operators_are_traced
 
 SIZE = 100
 
@@ -148,8 +149,9 @@ def test_a_call_like_an_earlier_one_is_replayed() -> None:
         pixels = torch.randn(batch, 3, 4, 4)
         same(replay(graphs, pixels), forward(pixels))
         assert graphs.replay(pixels, (), lambda: False) is None
-        for other, options in ((pixels.double(), ()), (pixels[:1], ()), (pixels[..., :2], ()), (pixels, ("states",))):
-            assert replay(graphs, other, options) is None
+        for other in (pixels.double(), pixels.to("meta"), pixels[:1], pixels[..., :2]):
+            assert replay(graphs, other) is None
+        assert replay(graphs, pixels, ("states",)) is None
     assert capture.batches == [8]
 
 
@@ -213,6 +215,24 @@ def test_what_is_no_case_for_a_graph() -> None:
     empty = torch.zeros(0, 3, 4, 4)
     assert graphs.run(forward, empty, torch.float32).last_hidden_state.shape == empty.shape
     assert not capture.batches
+
+
+def test_where_operators_are_traced() -> None:
+    seen: list[bool] = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(operators_are_traced())
+        return x + 1
+
+    look(torch.zeros(2))
+    assert seen == [False]
+    torch.vmap(look)(torch.zeros(2))
+    torch.jit.trace(look, torch.zeros(2), check_trace=False)
+    with FakeTensorMode():
+        look(torch.zeros(2))
+    assert seen == [False, True, True, True]
+    compiled = torch.compile(lambda x: x + 1 if operators_are_traced() else x, backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(2)).tolist() == [1, 1]
 
 
 def test_a_model_on_the_cpu_captures_nothing() -> None:

@@ -40,7 +40,7 @@ def method(record: Record) -> str:
 
 def remarks(record: Record) -> list[str]:
     """What the tables cannot show: who is absent, refused or failed, and why."""
-    measured = {row.provider for row in record.rows}  # perhaps in some cases only, where a run was gone on with
+    measured = {row.provider for row in record.rows if row.forward is not None}  # in some cases, by a resumed run
     lines = [
         f"{name}: not measured{' in the other cases' if name in measured else ''}, {reason}"
         for name, reason in record.absent.items()

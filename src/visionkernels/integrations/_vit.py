@@ -22,8 +22,8 @@ from visionkernels.ops.linear.op import gated_linear, linear
 NAME = "visionkernels"  # of the attention in transformers' AttentionInterface
 
 # In a layer's input in half precision on a GPU, of about 80 images in a ViT-B. Up to there the host decides, which
-# launches PyTorch's kernels twice as fast as Triton's: beside an H200 4 to 5 against 8 to 9 ms for 32 images, by the
-# host, and 13 against 10 to 12 for 128.
+# launches PyTorch's kernels twice as fast as Triton's: on hosts with an H200 32 images took 4 to 5 ms against 8 to 9,
+# and 128 took 13 against 10 to 12.
 FEW_NUMBERS = 12 * 2**20
 _PLAIN = (Tensor, nn.Parameter)  # no quantised or distributed tensor
 _ACTIVATIONS = {  # class of the module: name in `ops.linear`

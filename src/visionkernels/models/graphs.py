@@ -64,11 +64,6 @@ class Call(NamedTuple):
     captured: Captured
     pixels: Tensor
 
-    def start(self, pixel_values: Tensor) -> None:
-        """Run the kernels on these pixels."""
-        self.pixels.copy_(pixel_values)
-        self.captured.replay()
-
     def results(self) -> Any:
         """The call's part of the outputs, in memory of their own."""
         batch = self.pixels.shape[0]
@@ -143,9 +138,7 @@ class GraphPool:
             if call is None:
                 holds()
                 return None
-            self._wait(pixel_values)
-            call.start(pixel_values)
-            self._graphs.move_to_end(call.key)
+            self._start(call, pixel_values)
             return call.results() if holds() else None
 
     def run(self, forward: Forward, pixel_values: Tensor, dtype: torch.dtype, options: Key = ()) -> Any:
@@ -154,8 +147,9 @@ class GraphPool:
         Args:
             forward: The forward, with outputs whose first axis is the batch.
             pixel_values: `[B, ...]`.
-            dtype: Of the graph's input; the pixels are converted.
-            options: What else decides the forward; for pixels of a dtype they decide `dtype` as well.
+            dtype: Of the graph's input; the pixels are converted. As long as `holds` is true in `replay`, pixels of one
+                dtype and the same options come with the same one.
+            options: What else decides the forward.
 
         Returns:
             The outputs, in memory of their own.
@@ -165,17 +159,13 @@ class GraphPool:
             return forward(pixel_values)
         kind = (pixel_values.shape[1:], dtype, pixel_values.device, options)
         with self._lock:
-            key = self._find(kind, batch)
+            key = self._find(kind, batch) or self._add(forward, (kind, batch), pixel_values, dtype)
             if key is None:
-                key = (kind, batch)
-                if not self._add(forward, key, pixel_values, dtype):
-                    return forward(pixel_values)
-            self._graphs.move_to_end(key)
+                return forward(pixel_values)
             captured = self._graphs[key]
             call = Call(key, captured, captured.pixels[:batch])
             self._calls[_call_key(pixel_values, options)] = call
-            self._wait(pixel_values)
-            call.start(pixel_values)
+            self._start(call, pixel_values)
             return call.results()
 
     def clear(self) -> None:
@@ -189,15 +179,21 @@ class GraphPool:
             self._capture = self._given
             self._stream = None
 
+    def _start(self, call: Call, pixel_values: Tensor) -> None:
+        self._wait(pixel_values)
+        call.pixels.copy_(pixel_values)
+        call.captured.replay()
+        self._graphs.move_to_end(call.key)
+
     def _find(self, kind: Key, batch: int) -> GraphKey | None:
         """The key of this batch's graph, or of the next larger one that is small enough."""
         sizes = [size for other, size in self._graphs if other == kind and batch <= size <= PADDING * batch]
         return (kind, min(sizes)) if sizes else None
 
-    def _add(self, forward: Forward, key: GraphKey, like: Tensor, dtype: torch.dtype) -> bool:
-        """Capture a graph, and drop old ones where there are too many; False for one that is too large."""
+    def _add(self, forward: Forward, key: GraphKey, like: Tensor, dtype: torch.dtype) -> GraphKey | None:
+        """Capture a graph, and drop old ones where there are too many; None for one that is too large."""
         if key in self._too_large:
-            return False
+            return None
         if self._capture is None:
             self._capture = CUDACapture(like.device)
         limit = self.max_bytes
@@ -210,12 +206,13 @@ class GraphPool:
             captured.forward = forward
         if captured.bytes > limit:
             self._too_large.add(key)
-            return False
+            return None
         while self._graphs and (len(self) >= self.max_graphs or self._bytes() + captured.bytes > limit):
-            old, _ = self._graphs.popitem(last=False)
+            old = next(iter(self._graphs))
             self._calls = {name: call for name, call in self._calls.items() if call.key != old}
+            del self._graphs[old]
         self._graphs[key] = captured
-        return True
+        return key
 
     def _bytes(self) -> int:
         return sum(captured.bytes for captured in self._graphs.values())
